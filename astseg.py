@@ -607,7 +607,9 @@ class Renderer(nn.Module):
         self.glimpse_generator = GlimpseGenerator(dim_z_what, glimpse_size)
         # alpha_0 = e^11 is what makes learning start well: objects begin invisible and grow only
         # where they help. With a small alpha_0 the first random glimpses hurt, and all slots die.
-        self.log_alpha_0 = nn.Parameter(torch.tensor(float(log_alpha_0)))  # open: its logarithm is learned
+        self.log_alpha_0 = nn.Parameter(
+            torch.tensor(float(log_alpha_0))
+        )  # open: its logarithm is learned
         self.log_alpha_0_map = (
             nn.Parameter(torch.zeros(height, width)) if alpha_0_per_pixel else None
         )
@@ -672,7 +674,7 @@ def background_blocks(height: int, width: int) -> list[tuple]:
     if not 5 <= len(blocks) <= 7 or min(height, width) < 1:
         raise ValueError(
             f"the background autoencoder has no schedule for images of {height}x{width}: "
-            "their longer side must be 25..192 or 200..1215 pixels"
+            "their longer side must be 25..192 or 200..3645 pixels"
         )
     return blocks
 
@@ -1028,8 +1030,8 @@ class Images(NamedTuple):
 def draw_shapes(count: int, seed: int, size: int = 64) -> Images:
     """The embedded data set: two to four textured, shaded, overlapping shapes on wavy backgrounds.
 
-    The same seed draws the same images. Colours do not tell objects apart: each is striped,
-    checked or plain in two hues of its own and shaded from one side.
+    The same seed draws the same images. Colours do not tell objects apart: those of an image share
+    two hues, plain, striped, checked or spotted, and are shaded from one side.
     """
     random = torch.Generator().manual_seed(seed)
     chunks = [_draw_chunk(min(500, count - i), size, random) for i in range(0, count, 500)]
@@ -1047,6 +1049,7 @@ def _draw_chunk(n: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
     radius = uniform(0.14, 0.22, 4)
     center = _place(radius, uniform)
     objects = torch.randint(2, 5, (n,), generator=random)
+    hues = uniform(0, 1, 1) + torch.stack((torch.zeros(n), uniform(0.25, 0.75)), dim=1)  # (n, 2)
     for k in range(4):
         turn = uniform(0, 2 * math.pi, 1, 1)
         dx, dy = x - center[:, k, 0, None, None], y - center[:, k, 1, None, None]  # (n, size, size)
@@ -1057,8 +1060,8 @@ def _draw_chunk(n: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
         cover = (0.5 - inside * radius[:, k, None, None] * size).clamp(0, 1)
         cover = cover * (k < objects)[:, None, None]
         texture = _texture(u, v, torch.randint(4, (n,), generator=random))[:, None]
-        hue = uniform(0, 1)
-        first, second = _color(hue, 0.85, 0.95), _color(hue + uniform(0.15, 0.85), 0.7, 0.6)
+        hue = hues[torch.arange(n), torch.randint(2, (n,), generator=random)]
+        first, second = _color(hue, 0.85, 1.0), _color(hue + uniform(-0.12, 0.12), 0.85, 0.6)
         color = first[..., None, None] * texture + second[..., None, None] * (1 - texture)
         shade = 0.8 - 0.25 * (dx + dy) / radius[:, k, None, None]  # light from the upper left
         canvas = canvas + cover[:, None] * ((color * shade[:, None]).clamp(0, 1) - canvas)
@@ -1070,7 +1073,7 @@ def _draw_backgrounds(x: Tensor, y: Tensor, uniform) -> Tensor:
     """A dim wall, (n, 3, size, size), of varying tint, lit from a varying side."""
     turn = uniform(0, 2 * math.pi, 1, 1)
     slope = (x - 0.5) * turn.cos() + (y - 0.5) * turn.sin()  # (n, size, size)
-    color = torch.tensor([0.32, 0.34, 0.38]) + uniform(-0.05, 0.05, 3)
+    color = torch.tensor([0.26, 0.28, 0.32]) + uniform(-0.05, 0.05, 3)
     return color[..., None, None] * (1 + uniform(0.2, 0.8, 1, 1) * slope)[:, None]
 
 

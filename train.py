@@ -1,10 +1,10 @@
 """Train, evaluate and use AST-Seg: the paper's whole curriculum in one plain loop.
 
-    python train.py                                  the embedded data set, about ten minutes on two cores
-    python train.py --resume                         go on where a killed run stopped
-    python train.py --evaluate runs/shapes           metrics of a trained run
-    python train.py --segment runs/shapes a.png      label map, overlay and objects of your images
-    python train.py --help                           every setting
+    python train.py                               the embedded data set, in ten minutes on two cores
+    python train.py --resume                      go on where a killed run stopped
+    python train.py --evaluate runs/shapes        metrics of a trained run
+    python train.py --segment runs/shapes a.png   label map, overlay and objects of your images
+    python train.py --help                        every setting
 
 A run folder holds model/ (loads with ASTSeg.from_pretrained), checkpoint.pt, settings.json,
 log.jsonl, metrics.json, segmentation.png, slots.png and curves.png.
@@ -91,6 +91,11 @@ class Run:
     evaluate_every: int = setting(500, "Steps between evaluations on the validation images.")
     checkpoint_every: int = setting(500, "Steps between checkpoints.")
 
+    def __post_init__(self):
+        for name in ("log_every", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+
 
 # Settings of a data set that differ from the paper's for CLEVRTEX.
 PRESETS = {
@@ -111,10 +116,10 @@ PRESETS = {
 # Data: uint8 tensors on the device, so that the loop never waits for a decoder
 
 
-def load_data(dataset: str, part: str, training: Training) -> astseg.Images:
+def load_data(dataset: str, part: str, config: Config, training: Training) -> astseg.Images:
     """The images of one part of a data set ("train", "val" or "test")."""
     count, seed = {"train": (training.train_images, 1), "val": (200, 2), "test": (500, 3)}[part]
-    return astseg.draw_shapes(count, seed)
+    return astseg.draw_shapes(count, seed, config.height)
 
 
 @lru_cache(maxsize=1)
@@ -211,7 +216,8 @@ class Progress:
 
     phase: int = 0  # index into curriculum(...)
     step: int = 0  # steps done in that phase's counter
-    seconds: float = 0.0
+    seconds: float = 0.0  # spent so far
+    started: float = 0.0  # when this run would have started, had it not been interrupted
     history: list = dataclasses.field(default_factory=list)  # lines of log.jsonl
 
 
@@ -322,29 +328,38 @@ def table_row(name: str, metrics: dict) -> str:
 # Training
 
 
-def train(config: Config, training: Training, run: Run, folder: Path):
-    """The whole curriculum, from random weights or from a checkpoint, to a folder of results."""
+class Job(NamedTuple):
+    """What all phases of a run share."""
+
+    model: ASTSeg
+    images: torch.Tensor  # (N, 3, H, W), uint8, on the model's device
+    validation: astseg.Images
+    training: Training
+    run: Run
+    folder: Path
+    progress: Progress
+
+
+def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
+    """The whole curriculum, from random weights or from a checkpoint."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(training.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
     state = load_checkpoint(folder) if run.resume else None
-    data = load_data(run.dataset, "train", training)
-    validation = load_data(run.dataset, "val", training)
+    progress = Progress(**state["progress"]) if state else Progress()
+    progress.started = started - progress.seconds
+    images = load_data(run.dataset, "train", config, training).images.to(device)
+    validation = load_data(run.dataset, "val", config, training)
     model = ASTSeg(config)
-    if training.pretrained:
-        model.generator.load_backbone(training.pretrained)
-    progress = Progress()
     if state:
         model.load_state_dict(state["model"])
-        progress = Progress(**state["progress"])
-        started -= progress.seconds
-    model.to(device)
-    images = data.images.to(device)
+    elif training.pretrained:
+        model.generator.load_backbone(training.pretrained)
+    job = Job(model.to(device), images, validation, training, run, folder, progress)
+
     phases = curriculum(training)
-    for number, phase in enumerate(phases):
-        if number < progress.phase:
-            continue
+    for number, phase in enumerate(phases[progress.phase :], progress.phase):
         backgrounds = memorise_backgrounds(model, images) if phase.name == "foreground" else None
         optimizer = make_optimizer(model, phase, training)
         if state:
@@ -355,34 +370,19 @@ def train(config: Config, training: Training, run: Run, folder: Path):
             state = None
         else:
             progress.phase, progress.step = number, phase.start
-        title = f"phase {number + 1} of {len(phases)}, {TITLES[phase.name]}"
+        title = f"phase {number + 1} of {len(phases)}, {PHASE_TITLES[phase.name]}"
         print(f"\n{title}: steps {progress.step} to {phase.stop}\n{LINE_HEAD}")
-        run_phase(
-            model, phase, optimizer, images, backgrounds, validation,
-            training, run, progress, folder, started,
-        )  # fmt: skip
-        warn_of_known_failures(model, phase, validation)
-    return model, progress
+        run_phase(job, phase, optimizer, backgrounds)
+    return job
 
 
-TITLES = {
-    "background": "background alone",
-    "foreground": "foreground before a frozen background",
-    "joint": "foreground and background",
-}
-LINE_HEAD = (
-    "   step       lr      loss   mIoU  ARI-FG  foreground  active  clamped  alpha_0  images/s"
-)
-
-
-def run_phase(
-    model, phase, optimizer, images, backgrounds, validation, training, run, progress, folder, started
-):  # fmt: skip
+def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Tensor]) -> None:
     """The loop. It waits for the device only where it logs, evaluates or saves."""
+    model, images, _, training, run, folder, progress = job
     batch = training.background_batch if phase.name == "background" else training.batch
     bf16 = training.bf16 and images.is_cuda
-    model.train()
     total, since, clock = torch.zeros((), device=images.device), progress.step, time.time()
+    model.train()
     bar = tqdm(
         range(progress.step, phase.stop), phase.name, initial=progress.step, total=phase.stop,
         unit="step", disable=None, leave=False,
@@ -405,25 +405,41 @@ def run_phase(
         if (log or save) and not torch.isfinite(total):
             raise_not_finite(folder, progress)
         if log:
-            seconds = max(time.time() - clock, 1e-9)
-            line = dict(
-                phase=progress.phase + 1, name=phase.name, step=progress.step, lr=lr,
-                loss=total.item() / (progress.step - since),
-                alpha_0=model.renderer.alpha_0.mean().item(),
-                images_per_second=batch * (progress.step - since) / seconds,
-            )  # fmt: skip
-            if phase.name != "background" and (last or progress.step % run.evaluate_every == 0):
-                line.update(evaluate(model, validation))
-                model.train()
-            progress.history.append(line)
+            steps, seconds = progress.step - since, max(time.time() - clock, 1e-9)
+            line = log_line(job, phase, lr, total.item() / steps, batch * steps / seconds, last)
             bar.write(format_line(line), file=sys.stdout)
             sys.stdout.flush()
+            warn_of_known_failures(line, last)
             total.zero_()
             since, clock = progress.step, time.time()
         if save:
-            progress.seconds = time.time() - started
+            progress.seconds = time.time() - progress.started
             write_log(folder, progress)
             save_checkpoint(folder, model, optimizer, progress)
+
+
+def log_line(job: Job, phase: Phase, lr, loss, images_per_second, last: bool) -> dict:
+    """One entry of log.jsonl, at intervals with the validation metrics."""
+    step = job.progress.step
+    line = dict(
+        phase=job.progress.phase + 1, name=phase.name, step=step, lr=lr, loss=loss,
+        alpha_0=job.model.renderer.alpha_0.mean().item(), images_per_second=images_per_second,
+    )  # fmt: skip
+    if phase.name != "background" and (last or step % job.run.evaluate_every == 0):
+        line.update(evaluate(job.model, job.validation))
+        job.model.train()
+    job.progress.history.append(line)
+    return line
+
+
+PHASE_TITLES = {
+    "background": "background alone",
+    "foreground": "foreground before a frozen background",
+    "joint": "foreground and background",
+}
+LINE_HEAD = (
+    "   step       lr      loss   mIoU  ARI-FG  foreground  active  clamped  alpha_0  images/s"
+)
 
 
 def write_log(folder: Path, progress: Progress) -> None:
@@ -443,21 +459,18 @@ def format_line(line: dict) -> str:
     )
 
 
-def warn_of_known_failures(model: ASTSeg, phase: Phase, validation: astseg.Images) -> None:
-    """Name what a dead run looks like, at the end of a phase."""
-    if phase.name == "background":
-        return
-    health = evaluate(model, validation)
-    if health["foreground"] < 0.005:
+def warn_of_known_failures(line: dict, last: bool) -> None:
+    """Name what a dead run looks like: an empty foreground at a phase's end, clamped positions."""
+    if last and line.get("foreground", 1) < 0.005:
         print(
-            f"warning: the foreground is still empty ({health['foreground']:.2%} of the pixels): "
+            f"warning: the foreground is still empty ({line['foreground']:.2%} of the pixels): "
             "train longer, raise --lr or lower --log_alpha_0; phase 3 would only let the "
             "background take the objects over",
             file=sys.stderr,
         )
-    if health["clamped"] > 0.5:
+    if line.get("clamped", 0) > 0.5:
         print(
-            f"warning: {health['clamped']:.0%} of the positions are clamped at the image's border, "
+            f"warning: {line['clamped']:.0%} of the positions are clamped at the image's border, "
             "where they get no gradient: lower --lr or --refinement_lr, or lengthen --warmup",
             file=sys.stderr,
         )
@@ -545,9 +558,7 @@ def draw_slots(model: ASTSeg, data: astseg.Images, path: Path, count: int = 3) -
     shown = output.weights[:, 1:, None] * output.layers + (1 - output.weights[:, 1:, None]) * 0.85
     glimpses = output.glimpse_masks[:, :, None] * output.glimpses
     glimpses = glimpses + (1 - output.glimpse_masks[:, :, None]) * 0.85
-    figure, axes = new_figure(
-        3 * len(images), slots + 1, (1.4 * (slots + 1), 4.2 * len(images))
-    )
+    figure, axes = new_figure(3 * len(images), slots + 1, (1.4 * (slots + 1), 4.2 * len(images)))
     for i in range(len(images)):
         attention_row, glimpse_row, layer_row = axes[3 * i : 3 * i + 3]
         attention_row[0].imshow(channels_last(images[i]))
@@ -555,12 +566,16 @@ def draw_slots(model: ASTSeg, data: astseg.Images, path: Path, count: int = 3) -
         glimpse_row[0].axis("off")
         layer_row[0].imshow(channels_last(output.reconstruction[i]))
         layer_row[0].set_xlabel("reconstruction", fontsize=10)
-        for row, name in zip((attention_row, glimpse_row, layer_row), ("attention", "glimpse", "layer")):
+        for row, name in zip(
+            (attention_row, glimpse_row, layer_row), ("attention", "glimpse", "layer")
+        ):
             row[1].set_ylabel(name, fontsize=10)
         for k in range(slots):
             x, y = output.attention_position[i, k].tolist()
             attention_row[k + 1].imshow(output.attention[i, k].cpu(), cmap="gray")
-            attention_row[k + 1].plot((x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1), "r+", ms=12)
+            attention_row[k + 1].plot(
+                (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1), "r+", ms=12
+            )
             attention_row[k + 1].set_title(f"slot {k + 1}", fontsize=10)
             glimpse_row[k + 1].imshow(channels_last(glimpses[i, k]))
             layer_row[k + 1].imshow(channels_last(shown[i, k]))
@@ -574,10 +589,14 @@ def draw_curves(history: list[dict], path: Path) -> None:
     for axis, names in [(background, ["background"]), (losses, ["foreground", "joint"])]:
         for name in names:
             lines = [line for line in history if line["name"] == name]
-            axis.plot([line["step"] for line in lines], [line["loss"] for line in lines], label=name)
+            axis.plot(
+                [line["step"] for line in lines], [line["loss"] for line in lines], label=name
+            )
     for metric in ("mIoU", "ARI-FG"):
         lines = [line for line in history if metric in line]
-        scores.plot([line["step"] for line in lines], [line[metric] for line in lines], label=metric)
+        scores.plot(
+            [line["step"] for line in lines], [line[metric] for line in lines], label=metric
+        )
     background.set(title="Phase 1: robust background loss", xlabel="step", ylabel="loss")
     losses.set(title="Phases 2 and 3: loss (22)", xlabel="step", ylabel="loss", yscale="log")
     scores.set(title="Validation", xlabel="step", ylabel="score", ylim=(0, 1))
@@ -595,7 +614,7 @@ def load_model(folder: Path) -> ASTSeg:
     for name in ("config.json", "model.safetensors"):
         if not (folder / "model" / name).exists():
             raise FileNotFoundError(
-                f"{folder / 'model' / name} is missing: {folder} is not the folder of a finished run"
+                f"{folder / 'model' / name} is missing: {folder} is no folder of a finished run"
             )
     try:
         model = ASTSeg.from_pretrained(str(folder / "model"))
@@ -687,10 +706,12 @@ def save_segmentation(output: Path, stem: str, picture, labels, objects, slots: 
     overlay = np.array(picture, dtype=np.float32)
     found = np.array(labels) > 0
     overlay[found] = (overlay[found] + colors[np.array(labels)[found]]) / 2
-    palette = labels.convert("P")  # pixel index = label
-    palette.putdata(list(labels.getdata()))
+    palette = Image.fromarray(np.array(labels), "P")  # pixel index = label
     palette.putpalette(colors.flatten().tolist())
-    for name, image in (("labels", palette), ("overlay", Image.fromarray(overlay.astype(np.uint8)))):
+    for name, image in (
+        ("labels", palette),
+        ("overlay", Image.fromarray(overlay.astype(np.uint8))),
+    ):
         write_beside(output / f"{stem}_{name}.png", lambda p: image.save(p, format="PNG"))
     write_json(output / f"{stem}_objects.json", objects)
 
@@ -701,24 +722,21 @@ def save_segmentation(output: Path, stem: str, picture, labels, objects, slots: 
 
 def parse_arguments(arguments: Optional[list[str]] = None) -> tuple[Config, Training, Run]:
     """Flags made from the dataclasses. Defaults: the data set's, or a resumed run's own."""
-    first = HfArgumentParser([Run], add_help=False)
-    run = first.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )[0]
     parser = HfArgumentParser([Run, Config, Training], description=__doc__.splitlines()[0])
+    run, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**PRESETS[run.dataset])
-    if run.resume:
-        parser.set_defaults(**read_settings(run_folder(run)))
-    try:
-        run, config, training = parser.parse_args_into_dataclasses(
-            arguments, look_for_args_file=False
+    if run.resume or run.evaluate:
+        parser.set_defaults(**read_settings(Path(run.evaluate or run_folder(run))))
+    run, config, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    if run.dataset == "shapes" and config.height != config.width:
+        raise ValueError(
+            f"the embedded shapes are drawn on square images, not {config.height}x{config.width}: "
+            "give --height and --width the same number"
         )
-    except ValueError as error:
-        parser.error(str(error))
     return config, training, run
 
 
-def run_folder(run: Run) -> Path:
+def run_folder(run) -> Path:
     return Path(run.output or f"runs/{run.dataset}")
 
 
@@ -728,7 +746,7 @@ def read_settings(folder: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: there is no run to go on with") from None
+        raise FileNotFoundError(f"{path} is missing: there is no run in that folder") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
@@ -755,24 +773,27 @@ def main(arguments: Optional[list[str]] = None) -> None:
     if run.evaluate:
         folder = Path(run.evaluate)
         model = load_model(folder)
-        metrics = evaluate(model, load_data(run.dataset, "test", training))
+        metrics = evaluate(model, load_data(run.dataset, "test", model.config, training))
         metrics = {name: metrics[name] for name in METRICS}
         write_json(folder / "evaluation.json", metrics)
         return print(table_row(folder.name, metrics))
 
     folder = run_folder(run)
-    settings = {**dataclasses.asdict(config), **dataclasses.asdict(training), "dataset": run.dataset}
+    settings = {
+        **dataclasses.asdict(config),
+        **dataclasses.asdict(training),
+        "dataset": run.dataset,
+    }
     if run.resume:
         check_same_settings(folder, settings)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "settings.json", settings)
-    model, progress = train(config, training, run, folder)
-    save_model(model, folder)
-    draw_curves(progress.history, folder / "curves.png")
-    seconds = progress.seconds
-    metrics = write_results(
-        model, load_data(run.dataset, "test", training), folder, seconds=seconds, seed=training.seed
-    )
+    job = train(config, training, run, folder)
+    save_model(job.model, folder)
+    draw_curves(job.progress.history, folder / "curves.png")
+    test = load_data(run.dataset, "test", config, training)
+    facts = dict(seconds=round(job.progress.seconds, 1), seed=training.seed)
+    metrics = write_results(job.model, test, folder, **facts)
     print("\n" + table_row(f"AST-Seg-{training.scenario}", metrics))
     print(f"{folder}: {metrics['images']} test images, {time.time() - started:.0f} s in all")
 

@@ -1,0 +1,1224 @@
+"""The specification of AST-Seg, executable: `pytest test_astseg.py`.
+
+Each part is compared with something independent of it: a loop over pixels, a closed form,
+scikit-learn, an exhaustive search, a number of the paper, or a property.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score
+
+import astseg
+import train
+from astseg import ASTSeg, Config
+
+HERE = Path(__file__).parent
+SMALL = dict(
+    height=32, width=32, slots=3, backbone="tiny", dim_transformer=64, transformer_layers=2,
+    dim_feedforward=64, background_kind="simple", background_width=0.1,
+)  # fmt: skip
+
+
+def parameters(module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(torch.as_tensor(a), torch.as_tensor(b).to(a.dtype), atol=tolerance)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Section 2
+
+
+@pytest.mark.parametrize("u, v", [(0, 0), (2, 1), (-3, 2), (1, -4), (9, 0), (0, -9)])
+def test_translate_is_equation_1_with_zeros_outside(u, v):
+    phi = torch.randn(2, 5, 7)
+    shifted = astseg.translate(phi, u, v)
+    for j, i in itertools.product(range(5), range(7)):
+        inside = 0 <= i - u < 7 and 0 <= j - v < 5
+        assert torch.equal(shifted[:, j, i], phi[:, j - v, i - u] if inside else torch.zeros(2))
+
+
+def test_center_of_mass_is_the_sum_of_phi_p_times_p():
+    phi = torch.randn(3, 4, 6, dtype=torch.float64)
+    expected = torch.zeros(3, 2, dtype=torch.float64)
+    for j, i in itertools.product(range(4), range(6)):
+        expected += phi[:, j, i, None] * torch.tensor([i, j])
+    assert close(astseg.center_of_mass(phi), expected, 1e-12)
+
+
+@pytest.mark.parametrize("u, v", [(3, 2), (-2, 1), (0, -3)])
+def test_center_of_mass_and_soft_argmax_follow_a_translation(u, v):
+    phi = torch.zeros(16, 16, dtype=torch.float64)
+    phi[5:10, 5:10] = torch.randn(5, 5).double()
+    phi /= phi.sum()
+    shift = torch.tensor([u, v], dtype=torch.float64)
+    moved = astseg.center_of_mass(astseg.translate(phi, u, v))
+    assert close(moved, astseg.center_of_mass(phi) + shift, 1e-10)
+    # A window of a periodic plane loses nothing either, as long as the peak does not wrap around.
+    logits = torch.full((16, 16), -200.0).double()
+    logits[5:10, 5:10] = torch.randn(5, 5).double()
+    moved = astseg.soft_argmax(logits.roll((v, u), (0, 1)))
+    assert close(moved, astseg.soft_argmax(logits) + shift, 1e-10)
+
+
+def test_soft_argmax_takes_any_leading_dimensions_and_logits_of_any_size():
+    logits = torch.randn(2, 3, 4, 5, 6)
+    assert astseg.soft_argmax(logits).shape == (2, 3, 4, 2)
+    logits = torch.zeros(4, 6)
+    logits[2, 5] = 1e30
+    assert torch.equal(astseg.soft_argmax(logits), torch.tensor([5.0, 2.0]))
+    assert close(
+        astseg.soft_argmax(logits.clamp(max=3) + 1e4), astseg.soft_argmax(logits.clamp(max=3))
+    )
+
+
+def test_soft_argmax_is_in_fp32_under_autocast_and_for_half_precision():
+    logits = torch.randn(8, 8).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        position = astseg.soft_argmax(logits)
+    assert position.dtype == torch.float32
+    assert torch.equal(position, astseg.soft_argmax(logits.float()))
+    assert astseg.soft_argmax(logits.double()).dtype == torch.float64
+
+
+def test_gradient_of_soft_argmax_is_s_times_p_minus_mean():
+    logits = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    mean = astseg.soft_argmax(logits)
+    softmax = logits.detach().flatten().softmax(0).view(4, 5)
+    for axis in range(2):
+        (gradient,) = torch.autograd.grad(mean[axis], logits, retain_graph=True)
+        p = torch.arange(5) if axis == 0 else torch.arange(4)[:, None]
+        assert close(gradient, softmax * (p - mean[axis].detach()), 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_the_defaults_are_table_6():
+    c, t = Config(), train.Training()
+    assert (c.dim_z_what, c.entropy_weight, c.entropy_warmup, c.log_alpha_0) == (
+        32,
+        1e-2,
+        10_000,
+        11,
+    )
+    assert (c.scale_min, c.scale_max) == (1.3, 24)
+    assert (c.dim_transformer, c.transformer_heads, c.dim_feedforward, c.transformer_layers) == (
+        256, 8, 512, 6,
+    )  # fmt: skip
+    assert (t.background_batch, t.background_lr, t.background_steps) == (128, 2e-3, 500_000)
+    assert (t.batch, t.lr, t.steps, t.phase2_steps, t.warmup) == (64, 4e-5, 125_000, 30_000, 5_000)
+
+
+@pytest.mark.parametrize(
+    "dataset, side, slots, anisotropic",
+    [
+        ("clevrtex", 128, 10, True),
+        ("clevr", 128, 10, False),
+        ("objectsroom", 64, 3, True),
+        ("shapestacks", 64, 6, False),
+    ],
+)
+def test_the_paper_settings_of_each_data_set(dataset, side, slots, anisotropic):
+    c = Config.paper(dataset)
+    assert (*c.size, c.slots, c.anisotropic) == (side, side, slots, anisotropic)
+    assert (
+        c.slots + c.dim_latent
+        == {"objectsroom": 38, "shapestacks": 40, "clevr": 44, "clevrtex": 45}[dataset]
+    )
+    assert Config.paper(dataset, transformer=False).transformer is False
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(slots=0), "slots is 0: it must be at least 1"),
+        (dict(dim_z_what=0), "dim_z_what is 0"),
+        (dict(scale_min=5, scale_max=5), "scale_min is 5 and scale_max 5"),
+        (dict(scale_min=0), "0 < scale_min"),
+        (dict(generator="resnet"), "generator is 'resnet': use one of segformer, unet"),
+        (dict(backbone="b9"), "backbone is 'b9'"),
+        (dict(refinement_start="zero"), "refinement_start is 'zero'"),
+        (dict(background_kind="hard"), "background_kind is 'hard'"),
+        (dict(height=31, width=64), "segformer generator cannot take images of 31x64"),
+        (dict(height=31, width=31, generator="unet"), "unet generator cannot take images of 31x31"),
+        (dict(height=40, width=210, generator="unet"), "at least 64 pixels"),
+        (dict(height=195, width=195), "no schedule for images of 195x195"),
+        (dict(height=5000, width=64), "no schedule for images of 5000x64"),
+        (dict(transformer_heads=7), "heads must divide the width"),
+        (dict(dim_transformer=32, refinement_start="identity"), "identity start needs at least"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(background_width=0), "background_width is 0"),
+        (dict(unet_width=-1), "unet_width is -1"),
+        (dict(entropy_weight=-1), "entropy_weight is -1"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_in_one_sentence(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Config(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_paper_data_set_is_refused():
+    with pytest.raises(ValueError, match="no data set 'coco'"):
+        Config.paper("coco")
+
+
+# -------------------------------------------------------------------------------------------------
+# Section 4.1: generators
+
+
+@pytest.mark.parametrize(
+    "channels, count", [(38, 22_237_860), (40, 22_242_304), (44, 22_251_432), (45, 22_253_764)]
+)
+def test_unet_has_the_parameters_of_table_8(channels, count):
+    assert parameters(astseg.UNetGenerator(channels)) == count
+
+
+def test_unet_has_a_sixth_level_above_200_pixels():
+    assert parameters(astseg.UNetGenerator(43, 200, 320)) == 15_165_376
+
+
+@pytest.mark.parametrize("channels, count", [(38, 47_251_686), (45, 47_257_069)])
+def test_segformer_b3_has_the_parameters_of_the_authors(channels, count):
+    with torch.device("meta"):
+        assert parameters(astseg.SegformerGenerator(channels, "b3")) == count
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (64, 40)])
+def test_generators_take_even_and_odd_sizes(height, width):
+    images = torch.rand(2, 3, height, width)
+    quarter = (math.ceil(height / 4), math.ceil(width / 4))
+    assert astseg.SegformerGenerator(7, "tiny")(images).shape == (2, 7, *quarter)
+    unet = astseg.UNetGenerator(7, height, width, factor=0.1)
+    assert unet(images).shape == (2, 7, height, width)
+
+
+def save_segformer(folder: Path, size: str):
+    """A classifier in the layout of nvidia/mit-b3: its backbone under the prefix segformer."""
+    from transformers import SegformerConfig, SegformerForImageClassification
+
+    depths, widths, heads, decoder = astseg.MIT_SIZES[size]
+    config = SegformerConfig(
+        depths=list(depths), hidden_sizes=list(widths), num_attention_heads=list(heads)
+    )
+    model = SegformerForImageClassification(config)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_pretrained_backbone_loads_from_a_local_folder(tmp_path):
+    classifier = save_segformer(tmp_path / "mit", "tiny")
+    generator = astseg.SegformerGenerator(7, "tiny")
+    generator.load_backbone(str(tmp_path / "mit"))
+    stored = classifier.segformer.state_dict()
+    for name, tensor in generator.segformer.segformer.state_dict().items():
+        assert torch.equal(tensor, stored[name]), name
+
+
+def test_a_backbone_that_is_missing_or_of_another_size_is_refused(tmp_path):
+    generator = astseg.SegformerGenerator(7, "tiny")
+    with pytest.raises(OSError, match="pass a local folder"):
+        generator.load_backbone(str(tmp_path / "nothing"))
+    save_segformer(tmp_path / "b0", "b0")
+    with pytest.raises(ValueError, match="choose the backbone size"):
+        generator.load_backbone(str(tmp_path / "b0"))
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def test_encoder_is_equations_11_to_16_pixel_by_pixel():
+    K, Z, h, w = 2, 3, 3, 4
+    encoder = astseg.Encoder(K, 2, Z)  # no refinement
+    maps = torch.randn(1, K + 3 + Z, h, w)
+    seen = {}
+    encoder.latents = lambda slots: seen.update(slots=slots)
+    _, attention = encoder(maps)
+    for k in range(K):
+        total = sum(math.exp(maps[0, k, j, i]) for j in range(h) for i in range(w))
+        x0 = y0 = 0.0
+        phi0 = torch.zeros(3 + Z)
+        for j, i in itertools.product(range(h), range(w)):
+            a = math.exp(maps[0, k, j, i]) / total  # (11)
+            assert abs(attention.maps[0, k, j, i].item() - a) < 1e-6
+            x0 += a * (2 * i / (w - 1) - 1)  # (12), (14)
+            y0 += a * (2 * j / (h - 1) - 1)  # (13), (15)
+            phi0 += a * maps[0, K:, j, i]  # (16)
+        assert close(attention.position[0, k], torch.tensor([x0, y0]))
+        assert close(seen["slots"][0, k], torch.cat((torch.tensor([x0, y0]), phi0)))
+
+
+@pytest.mark.parametrize("dim_scale", [1, 2])
+def test_each_column_moves_only_its_own_latent(dim_scale):
+    encoder = astseg.Encoder(2, dim_scale, 4)
+    slots = torch.randn(1, 2, 2 + dim_scale + 1 + 4) * 0.1
+    before = encoder.latents(slots)
+    owners = ["position"] * 2 + ["scale"] * dim_scale + ["activation"] + ["z_what"] * 4
+    for column, owner in enumerate(owners):
+        changed = slots.clone()
+        changed[..., column] += 0.3
+        after = encoder.latents(changed)
+        for name in astseg.Latents._fields:
+            same = torch.equal(getattr(before, name), getattr(after, name))
+            assert same != (name == owner), (column, name)
+
+
+def test_latents_stay_in_their_ranges():
+    latents = astseg.Encoder(3, 1, 4, 1.3, 24.0).latents(torch.randn(5, 3, 8) * 10)
+    assert latents.position.abs().max() == 1
+    assert latents.scale.min() >= 1.3 and latents.scale.max() <= 24
+    assert torch.equal(latents.scale[..., 0], latents.scale[..., 1])  # isotropic
+    assert latents.activation.min() > 0
+    zero = astseg.Encoder(3, 2, 4, 1.3, 24.0).latents(torch.zeros(1, 3, 9))
+    assert close(zero.scale, torch.full((1, 3, 2), (1.3 + 24) / 2))
+    assert torch.equal(zero.activation, torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("dim, embedding, projection", [(37, 9_728, 9_509), (36, 9_472, 9_252)])
+def test_refinement_has_the_parameters_of_the_paper(dim, embedding, projection):
+    refinement = astseg.Refinement(dim)
+    assert parameters(refinement.transformer) == 3_162_624
+    assert parameters(refinement.embedding) == embedding
+    assert parameters(refinement.projection) == projection
+
+
+@pytest.mark.parametrize("start", ["stock", "identity"])
+def test_a_permutation_of_the_slots_permutes_the_refined_slots(start):
+    refinement = astseg.Refinement(12, 64, 4, 32, 2, start=start).eval()
+    with torch.no_grad():
+        for p in refinement.parameters():
+            p += 0.02 * torch.randn_like(p)
+    slots, order = torch.randn(2, 5, 12), torch.tensor([3, 0, 4, 1, 2])
+    assert close(refinement(slots)[:, order], refinement(slots[:, order]))
+    other = slots.clone()
+    other[:, 0] += 1  # the slots see one another
+    assert not close(refinement(slots)[:, 1:], refinement(other)[:, 1:], 1e-4)
+
+
+def test_the_identity_start_begins_as_the_identity_and_the_stock_start_does_not():
+    slots = 0.3 * torch.randn(2, 5, 12)
+    identity = astseg.Refinement(12, 128, start="identity").eval()
+    stock = astseg.Refinement(12, 128).eval()
+    assert (identity(slots) - slots).abs().max() < 0.02
+    assert (stock(slots) - slots).abs().max() > 0.2
+
+
+# -------------------------------------------------------------------------------------------------
+# Algorithm 2
+
+
+@pytest.mark.parametrize(
+    "z, size, count", [(32, 32, 51_956), (32, 64, 191_476), (24, 128, 724_468)]
+)
+def test_glimpse_generator_has_the_shape_and_parameters_of_table_7(z, size, count):
+    generator = astseg.GlimpseGenerator(z, size)
+    glimpses = generator(torch.randn(2, z))
+    assert parameters(generator) == count
+    assert glimpses.shape == (2, 4, size, size)
+    assert glimpses.min() >= 0 and glimpses.max() <= 1
+
+
+def test_spatial_transformer_is_bilinear_sampling_pixel_by_pixel():
+    G, H, W = 4, 6, 8
+    glimpse = torch.rand(1, 1, G, G)
+    (x, y), (sx, sy) = (0.2, -0.3), (1.4, 2.2)
+    warped = astseg.spatial_transformer(
+        glimpse, torch.tensor([[x, y]]), torch.tensor([[sx, sy]]), H, W
+    )
+
+    def pixel(row, column):
+        return glimpse[0, 0, row, column].item() if 0 <= row < G and 0 <= column < G else 0.0
+
+    for j, i in itertools.product(range(H), range(W)):
+        u = sx * ((2 * i + 1) / W - 1 - x)  # image point -> glimpse point, edges at +-1
+        v = sy * ((2 * j + 1) / H - 1 - y)
+        column, row = ((u + 1) * G - 1) / 2, ((v + 1) * G - 1) / 2
+        c, r = math.floor(column), math.floor(row)
+        value = sum(
+            (1 - abs(row - rr)) * (1 - abs(column - cc)) * pixel(rr, cc)
+            for rr in (r, r + 1)
+            for cc in (c, c + 1)
+        )
+        assert abs(warped[0, 0, j, i].item() - value) < 1e-5
+
+
+@pytest.mark.parametrize("alpha_0", [torch.tensor(0.7), torch.rand(4, 5) + 0.1])
+def test_weights_and_composition_are_equations_17_and_18_pixel_by_pixel(alpha_0):
+    B, K, H, W = 2, 3, 4, 5
+    activation, masks = torch.rand(B, K) * 3, torch.rand(B, K, H, W)
+    background, layers = torch.rand(B, 3, H, W), torch.rand(B, K, 3, H, W)
+    weights = astseg.occlusion_weights(activation, masks, alpha_0)
+    image = astseg.compose(weights, background, layers)
+    assert close(weights.sum(1), torch.ones(B, H, W))
+    for b, j, i in itertools.product(range(B), range(H), range(W)):
+        strength = [alpha_0.expand(H, W)[j, i]] + [
+            activation[b, k] * masks[b, k, j, i] for k in range(K)
+        ]
+        expected = torch.stack(strength) / sum(strength)
+        assert close(weights[b, :, j, i], expected)
+        color = expected[0] * background[b, :, j, i]
+        color = color + sum(expected[k + 1] * layers[b, k, :, j, i] for k in range(K))
+        assert close(image[b, :, j, i], color)
+
+
+def test_renderer_starts_at_alpha_0_and_may_learn_one_a_pixel():
+    assert math.isclose(astseg.Renderer(32, 32).alpha_0.item(), math.e**11, rel_tol=1e-5)
+    renderer = astseg.Renderer(32, 40, glimpse_size=32, log_alpha_0=2, alpha_0_per_pixel=True)
+    assert renderer.alpha_0.shape == (32, 40)
+    assert close(renderer.alpha_0, torch.full((32, 40), math.e**2), 1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# Background model
+
+
+@pytest.mark.parametrize(
+    "height, width, kind, encoder, decoder",
+    [
+        (64, 64, "simple", 2_942_624, 7_679_368),
+        (64, 64, "complex", 2_900_096, 43_572_712),
+        (128, 128, "simple", 3_590_944, 9_331_080),
+        (128, 128, "complex", 21_183_616, 48_633_192),
+        (200, 320, "simple", 1_056_992, 2_820_488),
+        (200, 320, "complex", 989_088, 12_892_136),
+    ],
+)
+def test_background_autoencoder_has_the_parameters_of_the_authors(
+    height, width, kind, encoder, decoder
+):
+    with torch.device("meta"):
+        model = astseg.BackgroundAutoencoder(height, width, kind)
+    assert (parameters(model.encoder), parameters(model.decoder)) == (encoder, decoder)
+
+
+@pytest.mark.parametrize(
+    "height, width",
+    [
+        (25, 25),
+        (48, 48),
+        (49, 61),
+        (64, 96),
+        (97, 33),
+        (192, 150),
+        (200, 320),
+        (406, 300),
+        (30, 180),
+    ],
+)
+def test_background_autoencoder_returns_every_size_that_has_a_schedule(height, width):
+    model = astseg.BackgroundAutoencoder(height, width, "simple", 0.05)
+    background, error = model(torch.rand(1, 3, height, width))
+    assert background.shape == (1, 3, height, width) and error.shape == (1, height, width)
+    assert background.min() >= 0 and background.max() <= 1
+    assert model.encoder(torch.rand(1, 3, height, width)).shape == (1, 16, 1, 1)
+
+
+def test_background_schedule_has_the_blocks_of_the_authors():
+    for sides, blocks in [
+        ((25, 48), 5),
+        ((49, 96), 6),
+        ((97, 192), 7),
+        ((200, 405), 5),
+        ((406, 1215), 6),
+    ]:
+        for side in sides:
+            assert len(astseg.background_blocks(side, side)) == blocks
+    for side in (24, 193, 199, 5000):
+        with pytest.raises(ValueError, match="no schedule"):
+            astseg.background_blocks(side, side)
+
+
+def test_coordinates_run_from_minus_half_to_half_and_are_one_on_a_single_pixel():
+    x = astseg.with_coordinates(torch.zeros(1, 2, 3, 5))
+    assert close(x[0, 2, :, 0], torch.tensor([-0.5, 0, 0.5]))  # rows
+    assert close(x[0, 3, 0], torch.linspace(-0.5, 0.5, 5))  # columns
+    assert torch.equal(astseg.with_coordinates(torch.zeros(1, 1, 1, 1))[0, 1:, 0, 0], torch.ones(2))
+
+
+def test_robust_background_loss_is_that_of_a_loop_over_pixels():
+    H, W = 3, 80  # wide enough for a pooling window of 3
+    images, background, predicted = (
+        torch.rand(1, 3, H, W),
+        torch.rand(1, 3, H, W),
+        torch.rand(1, H, W),
+    )
+    background[..., :40] = images[..., :40] + 0.01 * torch.randn(1, 3, H, 40)
+
+    def smooth_l1(a, b):
+        d = abs(float(a) - float(b))
+        return d * d / 2 / (3 / 255) if d < 3 / 255 else d - 3 / 255 / 2
+
+    e = np.array(
+        [
+            [
+                sum(smooth_l1(background[0, c, j, i], images[0, c, j, i]) for c in range(3))
+                for i in range(W)
+            ]
+            for j in range(H)
+        ]
+    )
+    total = 0.0
+    for j, i in itertools.product(range(H), range(W)):
+        window = e[max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2]
+        weight = math.exp(-6 * np.tanh(window / 0.25).mean())
+        total += (e[j, i] + smooth_l1(predicted[0, j, i], e[j, i] / 3)) * weight
+    loss = astseg.robust_background_loss(images, background, predicted)
+    assert abs(loss.item() - total / (H * W)) < 1e-5
+
+
+def test_robust_background_loss_sends_no_gradient_through_its_weight_nor_its_target():
+    images = torch.rand(1, 3, 4, 4)
+    background = (images + 0.5).requires_grad_()  # all errors 0.5 a channel, far in the linear part
+    astseg.robust_background_loss(images, background, torch.rand(1, 4, 4)).backward()
+    error = 3 * (0.5 - 1.5 / 255)
+    assert close(
+        background.grad, torch.full((1, 3, 4, 4), math.exp(-6 * math.tanh(error / 0.25)) / 16), 1e-7
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# The whole model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        dict(anisotropic=False),
+        dict(transformer=False),
+        dict(generator="unet", unet_width=0.1),
+        dict(height=40, width=56),
+        dict(alpha_0_per_pixel=True),
+    ],
+)
+def test_the_model_names_everything_it_says(change):
+    model = ASTSeg(Config(**{**SMALL, **change})).eval()
+    c, B = model.config, 2
+    output = model(torch.rand(B, 3, *c.size))
+    h, w = output.attention.shape[-2:]
+    assert (h, w) == (c.size if c.generator == "unet" else (c.height // 4, c.width // 4))
+    shapes = {
+        "reconstruction": (B, 3, *c.size),
+        "background": (B, 3, *c.size),
+        "weights": (B, c.slots + 1, *c.size),
+        "layers": (B, c.slots, 3, *c.size),
+        "masks": (B, c.slots, *c.size),
+        "glimpses": (B, c.slots, 3, 32, 32),
+        "glimpse_masks": (B, c.slots, 32, 32),
+        "position": (B, c.slots, 2),
+        "scale": (B, c.slots, 2),
+        "activation": (B, c.slots),
+        "z_what": (B, c.slots, 32),
+        "attention": (B, c.slots, h, w),
+        "attention_position": (B, c.slots, 2),
+    }
+    assert {name: tuple(value.shape) for name, value in output._asdict().items()} == shapes
+    assert close(output.weights.sum(1), torch.ones(B, *c.size))
+    composed = astseg.compose(output.weights, output.background, output.layers)
+    assert torch.equal(output.reconstruction, composed)
+
+
+def test_segmentation_is_the_argmax_of_the_weights_and_needs_no_background():
+    model = ASTSeg(Config(**SMALL, log_alpha_0=-3.0)).eval()
+    images = torch.rand(2, 3, 32, 32)
+    expected = model(images).weights.argmax(1)
+    model.background = None
+    labels = model.segment(images)
+    assert torch.equal(labels, expected)
+    assert labels.dtype == torch.int64 and labels.unique().numel() > 1
+
+
+def test_a_known_background_replaces_the_autoencoder():
+    model = ASTSeg(Config(**SMALL)).eval()
+    images, background = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(images, background).background, background)
+    model.background = None
+    model(images, background)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (
+            torch.rand(3, 32, 32),
+            "images have shape (3, 32, 32): this model takes (batch, 3, 32, 32)",
+        ),
+        (torch.rand(1, 3, 64, 64), "images have shape (1, 3, 64, 64)"),
+        (torch.rand(1, 1, 32, 32), "images have shape (1, 1, 32, 32)"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "images are torch.uint8: pass floats"),
+        (torch.full((1, 3, 32, 32), 255.0), "images have values from 255 to 255"),
+        (torch.full((1, 3, 32, 32), -0.1), "images have values from -0.1"),
+        (torch.full((1, 3, 32, 32), math.nan), "images have values from nan"),
+    ],
+)
+def test_images_that_the_model_cannot_take_are_refused(images, message):
+    model = ASTSeg(Config(**SMALL)).eval()
+    for call in (model, model.segment):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(images)
+
+
+def test_a_saved_model_loads_with_its_configuration_and_says_the_same(tmp_path):
+    model = ASTSeg(Config(**SMALL, anisotropic=False)).eval()
+    model.save_pretrained(tmp_path / "model")
+    loaded = ASTSeg.from_pretrained(str(tmp_path / "model")).eval()
+    assert loaded.config == model.config
+    images = torch.rand(2, 3, 32, 32)
+    for a, b in zip(model(images), loaded(images)):
+        assert torch.equal(a, b)
+
+
+def test_the_output_under_bf16_autocast_is_fp32_where_it_must_be():
+    model = ASTSeg(Config(**SMALL)).eval()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(images)
+    for name in ("attention", "position", "activation", "weights", "reconstruction"):
+        assert getattr(output, name).dtype == torch.float32, name
+    assert close(output.position, model(images).position, 0.05)
+
+
+# -------------------------------------------------------------------------------------------------
+# Section 4.2
+
+
+def test_reconstruction_loss_by_hand():
+    images = torch.zeros(1, 3, 1, 2)
+    reconstruction = torch.tensor([[[[0.1, 0.0]], [[-0.2, 0.0]], [[0.3, 0.5]]]])
+    # l = 0.6 and 0.5, mean of the squares
+    assert close(astseg.reconstruction_loss(images, reconstruction), (0.36 + 0.25) / 2, 1e-6)
+
+
+def test_pixel_entropy_loss_by_hand():
+    weights = torch.tensor([[[[1.0, 0.5]], [[0.0, 0.5]]]])  # one-hot, and a coin
+    assert close(astseg.pixel_entropy_loss(weights), math.log(2) ** 2 / 2, 1e-6)
+    one_hot = torch.tensor([[[[1.0]], [[0.0]]]], requires_grad=True)
+    astseg.pixel_entropy_loss(one_hot).backward()
+    assert one_hot.grad.isfinite().all()
+
+
+def test_full_loss_weighs_the_entropy_by_its_warm_up():
+    model = ASTSeg(Config(**SMALL, log_alpha_0=0.0)).eval()
+    images = torch.rand(1, 3, 32, 32)
+    output = model(images)
+    reconstruction = astseg.reconstruction_loss(images, output.reconstruction)
+    entropy = astseg.pixel_entropy_loss(output.weights)
+    for step, share in [(0, 0), (5_000, 0.25), (10_000, 1), (99_999, 1)]:
+        loss = astseg.full_loss(images, output, step)
+        assert close(loss, reconstruction + share * 1e-2 * entropy, 1e-7)
+
+
+def test_the_learning_rate_at_its_corners():
+    def rate(step):
+        return astseg.learning_rate(step, 4e-5, 125_000, 5_000)
+
+    assert rate(0) == 0
+    assert rate(2_500) == pytest.approx(1e-5)  # quadratic
+    assert rate(5_000) == rate(112_499) == 4e-5
+    assert rate(112_500) == rate(125_000) == pytest.approx(4e-6)
+    background = [astseg.learning_rate(s, 2e-3, 2_500, decay_at=0.8) for s in (1, 1_999, 2_000)]
+    assert background == pytest.approx([2e-3, 2e-3, 2e-4])
+
+
+# -------------------------------------------------------------------------------------------------
+# Section 5.1: metrics
+
+
+def random_labels(labels, *shape):
+    return torch.randint(labels, shape)
+
+
+def test_ari_fg_is_that_of_scikit_learn_over_the_foreground():
+    target, predicted = random_labels(4, 20, 6, 6), random_labels(5, 20, 6, 6)
+    predicted[:10] = torch.where(torch.rand(10, 6, 6) < 0.8, target[:10] + 1, predicted[:10])
+    ours = astseg.adjusted_rand_index(target, predicted, 4)
+    for t, p, score in zip(target, predicted, ours):
+        assert abs(adjusted_rand_score(t[t > 0], p[t > 0]) - score.item()) < 1e-9
+
+
+def exhaustive_mean_iou(target, predicted, labels):
+    """The best of all one-to-one matchings, and its score with and without the background."""
+    best = (-1.0, 0.0)
+    for order in itertools.permutations(range(labels)):
+        total, pairs, background = 0.0, 0, 0.0
+        for t, p in enumerate(order):
+            union = ((target == t) | (predicted == p)).sum().item()
+            iou = ((target == t) & (predicted == p)).sum().item() / union if union else 0.0
+            total, pairs = total + iou, pairs + (union > 0)
+            background = iou if t == 0 else background
+        best = max(
+            best, (round(total, 12), -pairs, total / pairs, (total - background) / (pairs - 1))
+        )
+    return best[2:]
+
+
+def test_mean_iou_is_the_best_of_all_matchings():
+    target, predicted = random_labels(4, 10, 5, 5), random_labels(4, 10, 5, 5)
+    predicted[:5] = torch.where(torch.rand(5, 5, 5) < 0.7, (target[:5] + 1) % 4, predicted[:5])
+    ours, ours_foreground = astseg.mean_iou(target, predicted, 3)
+    for i in range(10):
+        assert (ours[i].item(), ours_foreground[i].item()) == pytest.approx(
+            exhaustive_mean_iou(target[i], predicted[i], 4)
+        )
+
+
+def labels_of(drawing: str) -> torch.Tensor:
+    return torch.tensor([[int(c) for c in row] for row in drawing.split()])[None]
+
+
+CASES = {  # target, prediction, mIoU, mIoU-FG, ARI-FG, MSC-FG with K = 3
+    "perfect, other names": ("0011 0011 2200 2200", "0033 0033 1100 1100", 1, 1, 1, 1),
+    "nothing found": ("0011 0011 2200 2200", "0000 0000 0000 0000", 0.5 / 3, 0, 0, 0.25),
+    "one missing": ("0011 0011 2200 2200", "0011 0011 0000 0000", (8 / 12 + 1) / 3, 0.5, 1, (1 + 4 / 12) / 2),
+    "one split": ("0011 0011 0000 0000", "0012 0012 0000 0000", (1 + 0.5) / 3, 0.25, 0, 0.5),
+    "two merged": ("0011 0011 0022 0022", "0011 0011 0011 0011", (1 + 0.5) / 3, 0.25, 0, 0.5),
+    "extra in the background": ("0011 0011 0000 0000", "3011 0011 0000 0000", (11 / 12 + 1) / 3, 0.5, 1, 1),
+    "the last label only": ("3333 3333 0000 0000", "0000 0000 3333 3333", 1, 1, 1, 1),
+    "no object, none found": ("0000 0000 0000 0000", "0000 0000 0000 0000", 1, 1, 1, 0),
+    "no object, one found": ("0000 0000 0000 0000", "1000 0000 0000 0000", 15 / 16 / 2, 0, 1, 0),
+    "a label above K": ("0055 0055 0000 0000", "0011 0011 0000 0000", 1, 1, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_metrics_of_images_drawn_by_hand(name):
+    target, predicted, iou, iou_foreground, ari, covering = CASES[name]
+    target, predicted = labels_of(target), labels_of(predicted)
+    ours = (
+        *astseg.mean_iou(target, predicted, 3),
+        astseg.adjusted_rand_index(target, predicted, 3),
+        astseg.segmentation_covering(target, predicted, 3),
+    )
+    assert [value.item() for value in ours] == pytest.approx([iou, iou_foreground, ari, covering])
+
+
+def test_more_objects_than_slots_cost_mean_iou():
+    target = torch.arange(6).repeat(6, 1)[None]  # five objects
+    predicted = target * (target < 4)  # three slots found three of them
+    assert astseg.mean_iou(target, predicted, 3)[0].item() == pytest.approx((6 / 18 + 3) / 6)
+
+
+def test_squared_error_is_summed_over_pixels_and_colours():
+    error = astseg.squared_error(torch.zeros(2, 3, 4, 5), torch.full((2, 3, 4, 5), 0.5))
+    assert close(error, torch.full((2,), 60 * 0.25))
+
+
+def test_label_maps_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="label maps have shapes"):
+        astseg.mean_iou(torch.zeros(1, 4, 4).long(), torch.zeros(1, 4, 5).long(), 3)
+    with pytest.raises(ValueError, match="negative label"):
+        astseg.adjusted_rand_index(torch.full((1, 4, 4), -1), torch.zeros(1, 4, 4).long(), 3)
+
+
+# -------------------------------------------------------------------------------------------------
+# The embedded data set
+
+
+def test_shapes_are_a_function_of_the_seed_and_differ_from_image_to_image():
+    a, b, c = astseg.draw_shapes(20, 1), astseg.draw_shapes(20, 1), astseg.draw_shapes(20, 2)
+    assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+    assert not torch.equal(a.images, c.images)
+    assert a.images.shape == (20, 3, 64, 64) and a.images.dtype == torch.uint8
+    background = torch.stack([image[:, label == 0].float().mean(1) for image, label in zip(*a)])
+    assert background.std(0).min() > 2  # backgrounds differ
+
+
+def test_shapes_show_two_to_four_objects_of_which_none_is_hidden_and_some_overlap():
+    labels = astseg.draw_shapes(500, 3).labels
+    areas = torch.stack([(labels == k).sum((1, 2)) for k in range(1, 5)], dim=1)
+    assert (areas > 0).sum(1).unique().tolist() == [2, 3, 4]
+    assert areas[areas > 0].min() > 40
+    touching = (
+        (labels[:, :, 1:] != labels[:, :, :-1]) & (labels[:, :, 1:] > 0) & (labels[:, :, :-1] > 0)
+    )
+    assert touching.any(2).any(1).float().mean() > 0.2
+
+
+def test_k_means_on_colours_fails_on_shapes():
+    data, scores = astseg.draw_shapes(20, 3), []
+    for image, label in zip(data.images, data.labels):
+        clusters = int(label.max()) + 1
+        found = KMeans(clusters, n_init=3, random_state=0).fit_predict(image.flatten(1).T)
+        found = torch.tensor(found).view(1, 64, 64).long()
+        scores.append(astseg.mean_iou(label[None].long(), found, 4)[0].item())
+    assert np.mean(scores) < 0.5
+
+
+# -------------------------------------------------------------------------------------------------
+# train.py
+
+TINY = [
+    "--height", "32", "--width", "32", "--slots", "4", "--dim_transformer", "64", "--transformer_layers", "1",
+    "--train_images", "40", "--background_steps", "6", "--steps", "12", "--phase2_steps", "6",
+    "--background_batch", "4", "--batch", "4", "--warmup", "2",
+    "--log_every", "2", "--evaluate_every", "6", "--checkpoint_every", "4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def few_images(monkeypatch):
+    """Evaluate on 10 images, not on hundreds."""
+    draw = astseg.draw_shapes
+    monkeypatch.setattr(
+        astseg, "draw_shapes", lambda n, *rest: draw(min(n, 40 if n == 40 else 10), *rest)
+    )
+
+
+def run_tiny(folder, *more):
+    train.main([*TINY, "--output", str(folder), *more])
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_the_schedule_of_each_scenario():
+    t = train.Training()
+    assert train.curriculum(t) == [
+        ("background", 0, 500_000), ("foreground", 0, 30_000), ("joint", 30_000, 125_000),
+    ]  # fmt: skip
+    assert train.curriculum(dataclasses.replace(t, scenario="BT")) == [("joint", 0, 125_000)]
+    assert train.curriculum(dataclasses.replace(t, scenario="frozen")) == [
+        ("background", 0, 500_000), ("foreground", 0, 125_000),
+    ]  # fmt: skip
+
+
+def test_each_epoch_shows_each_image_once():
+    seen = torch.cat([train.batch_indices(step, 4, 20, 7) for step in range(10)])
+    assert torch.equal(seen[:20].sort().values, torch.arange(20))
+    assert torch.equal(seen[20:].sort().values, torch.arange(20))
+    assert not torch.equal(seen[:20], seen[20:])
+    assert torch.equal(train.batch_indices(7, 4, 20, 7), seen[28:32])
+
+
+def test_each_phase_trains_its_own_parts_with_its_own_optimiser():
+    model, t = ASTSeg(Config(**SMALL)), train.Training()
+    images, background = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    parts = dict(model.named_children())
+    for name, trained in [
+        ("background", {"background"}),
+        ("foreground", {"generator", "encoder", "renderer"}),
+        ("joint", set(parts)),
+    ]:
+        phase = train.Phase(name, 0, 100)
+        optimizer = train.make_optimizer(model, phase, t)
+        train.set_learning_rate(optimizer, phase, 50, t)
+        before = {part: [p.clone() for p in m.parameters()] for part, m in parts.items()}
+        loss = train.compute_loss(
+            model, phase, 50, images, background if name == "foreground" else None
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        moved = {
+            part for part, m in parts.items()
+            if any(not torch.equal(a, b) for a, b in zip(before[part], m.parameters()))
+        }  # fmt: skip
+        assert moved == trained
+        settings = optimizer.defaults
+        expected = ((0.9, 0.999), 1e-8) if name == "background" else ((0.9, 0.98), 1e-9)
+        assert (settings["betas"], settings["eps"]) == expected
+
+
+def test_update_t_uses_the_rate_of_step_t_plus_1_and_the_refinement_its_factor():
+    model, t = ASTSeg(Config(**SMALL)), train.Training(refinement_lr=0.05)
+    phase = train.curriculum(t)[1]
+    optimizer = train.make_optimizer(model, phase, t)
+    assert train.set_learning_rate(optimizer, phase, 4_999, t) == 4e-5
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-5, 2e-6])
+    assert train.set_learning_rate(optimizer, phase, 0, t) == pytest.approx(4e-5 / 5_000**2)
+
+
+def test_memorised_backgrounds_are_those_of_the_autoencoder_at_8_bits():
+    model = ASTSeg(Config(**SMALL))
+    images = astseg.draw_shapes(7, 0, 32).images
+    memory = train.memorise_backgrounds(model, images)
+    live = model.eval().background(images / 255)[0]
+    assert memory.dtype == torch.uint8
+    assert (memory / 255 - live).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_run_leaves_all_that_it_promises(tmp_path, few_images, capsys):
+    metrics = run_tiny(tmp_path)
+    assert set(metrics) == {
+        "mIoU",
+        "mIoU-FG",
+        "ARI-FG",
+        "MSC-FG",
+        "MSE",
+        "images",
+        "seconds",
+        "seed",
+    }
+    assert (
+        all(type(value) in (int, float) for value in metrics.values()) and metrics["images"] == 10
+    )
+    for name in ("segmentation.png", "slots.png", "curves.png"):
+        assert Image.open(tmp_path / name).size[0] > 300
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 2, 4, 6, 8, 10, 12]
+    assert not list(tmp_path.glob("*.tmp"))
+    out = capsys.readouterr().out
+    assert "phase 1 of 3" in out and "phase 3 of 3" in out and "mIoU (%)" in out
+    train.main(["--evaluate", str(tmp_path)])
+    again = json.loads((tmp_path / "evaluation.json").read_text())
+    assert again == pytest.approx({name: metrics[name] for name in again})
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, few_images):
+    a, b, c = (
+        run_tiny(tmp_path / name, "--seed", seed)
+        for name, seed in [("a", "5"), ("b", "5"), ("c", "6")]
+    )
+    assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    assert a["MSE"] != c["MSE"]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    draw = astseg.draw_shapes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            astseg, "draw_shapes", lambda n, *rest: draw(min(n, 40 if n == 40 else 10), *rest)
+        )
+        return folder, run_tiny(folder)
+
+
+@pytest.mark.parametrize(
+    "phase, step", [("background", 5), ("foreground", 1), ("foreground", 5), ("joint", 11)]
+)
+def test_a_killed_run_resumes_to_bit_identical_results(
+    phase, step, tmp_path, whole_run, few_images, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    loss = train.compute_loss
+
+    def killed(model, p, s, *rest):
+        if (p.name, s) == (phase, step):
+            raise Killed
+        return loss(model, p, s, *rest)
+
+    monkeypatch.setattr(train, "compute_loss", killed)
+    with pytest.raises(Killed):
+        run_tiny(tmp_path)
+    monkeypatch.setattr(train, "compute_loss", loss)
+    train.main(["--output", str(tmp_path), "--resume", "--log_every", "2", "--evaluate_every", "6"])
+    folder, metrics = whole_run
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    assert {**ours, "seconds": 0} == {**metrics, "seconds": 0}
+    assert weights_of(tmp_path) == weights_of(folder)
+
+
+def test_a_run_that_is_really_killed_can_resume(tmp_path):
+    command = [
+        sys.executable,
+        str(HERE / "train.py"),
+        *TINY,
+        "--steps",
+        "5000",
+        "--output",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (tmp_path / "checkpoint.previous.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    state = train.load_checkpoint(tmp_path)
+    assert state["progress"]["step"] >= 4
+
+
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
+    tmp_path, whole_run, few_images, capsys
+):
+    import shutil
+
+    folder, metrics = whole_run
+    shutil.copytree(folder, tmp_path / "run")
+    last = tmp_path / "run" / "checkpoint.pt"
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    train.main(
+        ["--output", str(tmp_path / "run"), "--resume", "--log_every", "2", "--evaluate_every", "6"]
+    )
+    assert f"{last} is damaged" in capsys.readouterr().err
+    ours = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert {**ours, "seconds": 0} == {**metrics, "seconds": 0}
+    assert weights_of(tmp_path / "run") == weights_of(folder)
+
+
+@pytest.mark.parametrize(
+    "flags, effect",
+    [
+        (["--no_transformer"], lambda m, t: m.encoder.refinement is None),
+        (["--slots", "5"], lambda m, t: m(torch.rand(1, 3, 32, 32)).weights.shape[1] == 6),
+        (
+            ["--generator", "unet", "--unet_width", "0.1"],
+            lambda m, t: m(torch.rand(1, 3, 32, 32)).attention.shape[-1] == 32,
+        ),
+        (["--entropy_weight", "0"], lambda m, t: m.config.entropy_weight == 0),
+        (
+            ["--scenario", "frozen"],
+            lambda m, t: [p.name for p in train.curriculum(t)] == ["background", "foreground"],
+        ),
+        (["--scenario", "BT"], lambda m, t: [p.name for p in train.curriculum(t)] == ["joint"]),
+        (["--anisotropic", "false"], lambda m, t: m.config.dim_latent == 34),
+        (["--anisotropic", "true"], lambda m, t: m.config.dim_latent == 35),
+    ],
+)
+def test_each_ablation_of_table_4_is_a_flag_that_does_what_it_says(flags, effect, tmp_path):
+    config, training, _ = train.parse_arguments([*TINY, *flags])
+    assert effect(ASTSeg(config).eval(), training)
+
+
+def test_pretrained_is_a_flag_that_loads_the_backbone(tmp_path, few_images, monkeypatch):
+    save_segformer(tmp_path / "mit", "tiny")
+    load, seen = astseg.SegformerGenerator.load_backbone, []
+
+    def watched(self, source):
+        load(self, source)
+        seen.append(source)
+
+    monkeypatch.setattr(astseg.SegformerGenerator, "load_backbone", watched)
+    run_tiny(tmp_path / "run", "--pretrained", str(tmp_path / "mit"))
+    assert seen == [str(tmp_path / "mit")]
+
+
+def test_no_entropy_loss_leaves_the_reconstruction_loss():
+    model = ASTSeg(Config(**SMALL, entropy_weight=0.0, log_alpha_0=0.0)).eval()
+    images, phase = torch.rand(2, 3, 32, 32), train.Phase("joint", 0, 10)
+    expected = astseg.reconstruction_loss(images, model(images).reconstruction)
+    assert torch.equal(train.compute_loss(model, phase, 50_000, images, None), expected)
+
+
+def test_a_nan_stops_the_run_with_its_step_and_the_last_checkpoint(
+    tmp_path, few_images, monkeypatch
+):
+    loss = train.compute_loss
+
+    def poisoned(model, phase, step, *rest):
+        value = loss(model, phase, step, *rest)
+        return value * math.nan if (phase.name, step) == ("joint", 9) else value
+
+    monkeypatch.setattr(train, "compute_loss", poisoned)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 10 of phase 3.*checkpoint.pt"
+    ):
+        run_tiny(tmp_path)
+    assert train.load_checkpoint(tmp_path)["progress"]["step"] == 8
+    assert all(p.isfinite().all() for p in train.load_checkpoint(tmp_path)["model"].values())
+
+
+def test_known_failures_are_named(capsys):
+    def warnings_for(model, last=True):
+        train.warn_of_known_failures(train.evaluate(model, astseg.draw_shapes(4, 0, 32)), last)
+        return capsys.readouterr().err
+
+    model = ASTSeg(Config(**SMALL, transformer=False))
+    assert "the foreground is still empty" in warnings_for(model)
+    assert warnings_for(model, last=False) == ""
+    latents = model.encoder.latents
+    model.encoder.latents = lambda slots: latents(slots + 5)
+    assert "positions are clamped" in warnings_for(model)
+
+
+def test_segment_writes_label_map_overlay_and_objects_in_the_pixels_of_the_image(
+    tmp_path, whole_run
+):
+    folder, _ = whole_run
+    model = ASTSeg.from_pretrained(str(folder / "model"))
+    with torch.no_grad():
+        model.renderer.log_alpha_0.fill_(-3.0)  # an early model shows nothing: make it show
+    model.save_pretrained(tmp_path / "run" / "model")
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 160, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    train.main(["--segment", str(tmp_path / "run"), str(tmp_path / "photo.png")])
+    out = tmp_path / "run" / "segmented"
+    labels = Image.open(out / "photo_labels.png")
+    assert labels.mode == "P" and labels.size == (160, 100)
+    assert Image.open(out / "photo_overlay.png").size == (160, 100)
+    labels = np.array(labels)
+    assert labels[:, :30].max() == labels[:, 130:].max() == 0  # outside the centre crop
+    objects = json.loads((out / "photo_objects.json").read_text())
+    assert [o["label"] for o in objects] == np.unique(labels[labels > 0]).tolist() != []
+    for o in objects:
+        left, top, right, bottom = o["box"]
+        inside = labels == o["label"]
+        assert inside.sum() == o["pixels"] == inside[top : bottom + 1, left : right + 1].sum()
+        assert 30 <= o["position"][0] <= 130 and 0 <= o["position"][1] <= 100
+        assert o["activation"] > 0 and 100 / 8 <= o["size"][0] <= 100
+
+
+def run_script(*arguments):
+    return subprocess.run(
+        [sys.executable, str(HERE / "train.py"), *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--slots", "0"], "slots is 0: it must be at least 1"),
+        (["--batch", "1"], "batch is 1: it must be at least 2"),
+        (["--lr", "0"], "lr is 0.0: it must be above 0"),
+        (["--phase2_steps", "99999"], "phase 2 is a part of all steps"),
+        (["--warmup", "-1"], "warmup is -1"),
+        (["--train_images", "3"], "one batch needs"),
+        (["--height", "48"], "the embedded shapes are drawn on square images"),
+        (["--log_every", "0"], "log_every is 0"),
+        (["--generator", "vit"], "invalid choice: 'vit'"),
+        (["--colour", "blue"], "--colour"),
+        (["--dataset", "coco"], "invalid choice: 'coco'"),
+        (["--resume", "--output", "/nowhere"], "/nowhere/settings.json is missing"),
+        (["--evaluate", "/nowhere"], "/nowhere/settings.json is missing: there is no run"),
+        (["--segment", "/nowhere"], "--segment needs a run folder and then at least one image"),
+        (["--segment", "/nowhere", "a.png"], "is no folder of a finished run"),
+    ],
+)
+def test_impossible_arguments_are_refused_in_a_sentence_before_any_work(arguments, message, capsys):
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        train.main(arguments)
+    text = capsys.readouterr().err + str(error.value)
+    assert message in text
+
+
+def test_a_refusal_is_one_line_with_a_non_zero_exit(tmp_path):
+    result = run_script("--evaluate", str(tmp_path))
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_of_other_settings_is_not_resumed(tmp_path, whole_run):
+    folder, _ = whole_run
+    with pytest.raises(ValueError, match="was started with slots = 4, not 3"):
+        train.main(["--output", str(folder), "--resume", "--slots", "3"])
+
+
+def test_damaged_files_are_named(tmp_path, whole_run):
+    import shutil
+
+    folder, _ = whole_run
+    run = tmp_path / "run"
+    shutil.copytree(folder / "model", run / "model")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(OSError, match="cannot read .*text.png as an image"):
+        train.main(["--segment", str(run), str(tmp_path / "text.png")])
+    with pytest.raises(FileNotFoundError, match="there is no image"):
+        train.main(["--segment", str(run), str(tmp_path / "none.png")])
+    assert not (run / "segmented").exists()
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match="the model in .* is damaged"):
+        train.load_model(run)
+    with pytest.raises(FileNotFoundError, match="no usable checkpoint"):
+        train.load_checkpoint(tmp_path)
+
+
+def test_a_full_disk_leaves_the_previous_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("before")
+
+    def full(temporary):
+        temporary.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="cannot write .*file: No space left"):
+        train.write_beside(path, full)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_short_training_lowers_the_loss_and_wakes_the_foreground(tmp_path, monkeypatch):
+    draw = astseg.draw_shapes
+    monkeypatch.setattr(astseg, "draw_shapes", lambda n, *rest: draw(min(n, 600), *rest))
+    train.main([
+        "--output", str(tmp_path), "--height", "32", "--width", "32", "--train_images", "600",
+        "--background_steps", "300", "--steps", "400", "--phase2_steps", "350", "--warmup", "40",
+        "--log_every", "50", "--evaluate_every", "400",
+    ])  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["name"] == "foreground"]
+    assert losses[-1] < 0.75 * losses[0]
+    assert lines[-1]["foreground"] > 0.01 and lines[-1]["mIoU"] > 0.25
+
+
+# -------------------------------------------------------------------------------------------------
+# The map to the paper
+
+
+def test_the_table_at_the_head_of_the_module_names_what_is_there_in_its_order():
+    head, source = astseg.__doc__, (HERE / "astseg.py").read_text()
+    rows = re.findall(r"^    (?:section|Table|Algorithm|Figure).*?  +(\w.*)$", head, re.MULTILINE)
+    names = [name for row in rows for name in row.split(", ")]
+    assert len(names) > 25
+    places = [re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE) for name in names]
+    assert all(places), [name for name, place in zip(names, places) if not place]
+    assert [place.start() for place in places] == sorted(place.start() for place in places)
+
+
+def test_each_equation_stands_at_its_line():
+    source = (HERE / "astseg.py").read_text()
+    tags = {
+        int(n)
+        for tag in re.findall(r"# .*?eqs?\. (\(.*\))", source)
+        for n in re.findall(r"\d+", tag)
+    }
+    assert tags >= {1, 4, *range(10, 23)} - {2, 3}
+
+
+def test_the_usage_example_runs_as_written():
+    code = "\n".join(
+        line.strip()[4:] for line in astseg.__doc__.splitlines() if line.strip().startswith(">>>")
+    )
+    names = {}
+    exec(code, names)
+    assert names["labels"].shape == (2, 64, 64)
+
+
+def test_each_open_choice_is_listed_in_the_readme():
+    code = (HERE / "astseg.py").read_text() + (HERE / "train.py").read_text()
+    readme = (HERE / "README.md").read_text().replace("\n", " ")
+    choices = [c.strip() for c in re.findall(r"# open: ([^\n]+)", code) if '"' not in c]
+    assert len(choices) >= 12
+    missing = [choice for choice in choices if choice.split(";")[0].split(".")[0] not in readme]
+    assert not missing
+
+
+def test_importing_the_module_is_silent_and_touches_no_random_state():
+    code = "import torch; a = torch.get_rng_state(); import astseg; assert torch.equal(a, torch.get_rng_state())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_code_is_short_and_narrow():
+    for name in ("astseg.py", "train.py"):
+        lines = (HERE / name).read_text().splitlines()
+        assert all(len(line) <= 100 for line in lines)
+        assert not any("TODO" in line for line in lines)
