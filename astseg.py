@@ -21,7 +21,7 @@ The paper, from its first equation to its metrics, and where it stands below, in
     section 2, eq. (1)                     translate
     section 2, eq. (4), Proposition 2.1    center_of_mass
     section 2, eq. (10)                    spatial_softmax, soft_argmax
-    Table 6                                Config
+    Table 6                                Config (optimisers and schedules: train.Training)
     section 4.1, feature maps              SegformerGenerator
     Table 8                                UNetGenerator
     section 4.1, eqs. (12)-(13)            normalized_coordinates
@@ -41,6 +41,7 @@ The paper, from its first equation to its metrics, and where it stands below, in
     section 5.1, optimisation              learning_rate
     section 5.1, metrics                   mean_iou, adjusted_rand_index, segmentation_covering
     section 5.1, metrics                   squared_error
+    section 4.2.2, curriculum              in train.py: curriculum, run_phase
 
 Shapes: B batch, K slots, H W image, h w feature map (the paper's h*, w*), G side of a glimpse,
 C channels, D latent width (the paper's d_Phi), Z width of z_what.
@@ -90,7 +91,7 @@ def center_of_mass(attention: Tensor, x: Optional[Tensor] = None, y: Optional[Te
     height, width = attention.shape[-2:]
     x = torch.arange(width, device=attention.device) if x is None else x
     y = torch.arange(height, device=attention.device) if y is None else y
-    # Products of elements, not of matrices: autocast would take a matrix product to half precision.
+    # Products of elements, not of matrices: autocast would do those in half precision.
     center_x = (attention.sum(-2) * x.to(attention)).sum(-1)  # eqs. (4), (14)
     center_y = (attention.sum(-1) * y.to(attention)).sum(-1)  # eqs. (4), (15)
     return torch.stack((center_x, center_y), dim=-1)
@@ -132,7 +133,8 @@ MIT_SIZES = {
     "tiny": ((1, 1, 1, 1), (16, 32, 64, 128), (1, 2, 4, 8), 64),  # ours, for two CPU cores
 }
 
-# What the paper sets for each of its data sets (section 5.1); all else is Config's default.
+# What the paper sets for each of its data sets (section 5.1); all else is Config's default. CLEVR
+# also has a phase 1 of 2 500 steps only, see Training in train.py.
 PAPER_SETTINGS = {
     "clevrtex": dict(height=128, width=128, slots=10),
     "clevr": dict(height=128, width=128, slots=10, anisotropic=False, background_kind="simple"),
@@ -204,7 +206,7 @@ class Config:
 
     @property
     def glimpse_size(self) -> int:
-        """G: half the image (Table 7: 32 up to 64 pixels, 64 up to 128; 128 for larger ones)."""
+        """G: 32 for images up to 64 pixels, 64 up to 128 (Table 7), 128 above."""
         side = max(self.height, self.width)
         return 32 if side <= 64 else 64 if side <= 128 else 128
 
@@ -297,7 +299,7 @@ class SegformerGenerator(nn.Module):
         """
         try:
             loaded, report = SegformerModel.from_pretrained(source, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the hub, JSON and safetensors each have their own
             raise OSError(
                 f"cannot load a Segformer backbone from {source!r}: pass a local folder with "
                 "config.json and model.safetensors, a hub name such as nvidia/mit-b3 when online, "
@@ -438,9 +440,10 @@ class Refinement(nn.Module):
 
     @torch.no_grad()
     def _start_as_identity(self):
-        # open: initialisation. With the stock one all slots start with nearly the same latents and
-        # drift together for thousands of steps: fine in 125 000, hopeless in 3 000. Here each layer
-        # begins by adding zero, and the large bias keeps its norms from changing anything else.
+        # open: initialisation
+        # With the stock one all slots start with nearly the same latents and drift together for
+        # thousands of steps: fine in 125 000, hopeless in 3 000. Here each layer begins by adding
+        # zero, and the large bias keeps its norms from changing anything else.
         width, dim = self.embedding.weight.shape
         bias = torch.tensor([1.0, -1.0]).repeat(width // 2 + 1)[:width]
         frame = torch.stack((torch.ones(width), bias), dim=1)  # (width, 2)
@@ -487,6 +490,7 @@ class Encoder(nn.Module):
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
         x, y = normalized_coordinates(*phi.shape[-2:], device=phi.device)
         position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
+        # A matrix product a map; in fp32 because ASTSeg turns autocast off around it.
         query = attention.flatten(2) @ phi.flatten(2).mT  # (B, K, hw) (B, hw, D), eq. (16)
         slots = torch.cat((position, query), dim=-1)  # (B, K, D + 2)
         if self.refinement is not None:
@@ -515,10 +519,11 @@ class GlimpseGenerator(nn.Module):
     Channels 0..2 are the colours o_k, channel 3 is the mask m_k. G is 32, 64 or 128.
     """
 
-    # Channels of the hidden layers and their groups; open: 128 x 128 for images above 128 px.
+    # Channels of the hidden layers and their groups.
     LAYERS = {
         32: [(64, 4), (32, 2), (16, 1), (8, 1)],
         64: [(128, 8), (64, 4), (32, 2), (16, 1), (8, 1)],
+        # open: 128 x 128 glimpses for images above 128 px
         128: [(256, 16), (128, 8), (64, 4), (32, 2), (16, 1), (8, 1)],
     }
 
@@ -548,16 +553,15 @@ def spatial_transformer(
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width);
     bilinear, zero outside the glimpse.
     """
-    # Image point p shows the glimpse at s (p - position): an affine map without rotation or shear.
+    # Image point p shows the glimpse at s (p - position): the affine map of the paper's spatial
+    # transformer, without its rotation and shear, written out so that it stays in fp32.
     # open: +-1 are the outer edges of the outermost pixels here (align_corners=False)
-    scale_x, scale_y = scale.unbind(-1)  # (N,)
-    x, y = position.unbind(-1)
-    zero = torch.zeros_like(x)
-    row_x = torch.stack((scale_x, zero, -x * scale_x), dim=-1)
-    row_y = torch.stack((zero, scale_y, -y * scale_y), dim=-1)
-    theta = torch.stack((row_x, row_y), dim=-2)  # (N, 2, 3)
-    grid = F.affine_grid(theta, [*glimpses.shape[:2], height, width], align_corners=False)
-    return F.grid_sample(glimpses, grid, align_corners=False)
+    columns = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (width,)
+    rows = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (height,)
+    u = scale[:, :1] * (columns - position[:, :1])  # (N, width)
+    v = scale[:, 1:] * (rows - position[:, 1:])  # (N, height)
+    u, v = u[:, None, :].expand(-1, height, -1), v[:, :, None].expand(-1, -1, width)
+    return F.grid_sample(glimpses, torch.stack((u, v), dim=-1), align_corners=False)
 
 
 def occlusion_weights(activation: Tensor, masks: Tensor, alpha_0: Tensor) -> Tensor:
@@ -607,9 +611,8 @@ class Renderer(nn.Module):
         self.glimpse_generator = GlimpseGenerator(dim_z_what, glimpse_size)
         # alpha_0 = e^11 is what makes learning start well: objects begin invisible and grow only
         # where they help. With a small alpha_0 the first random glimpses hurt, and all slots die.
-        self.log_alpha_0 = nn.Parameter(
-            torch.tensor(float(log_alpha_0))
-        )  # open: its logarithm is learned
+        # open: its logarithm is learned
+        self.log_alpha_0 = nn.Parameter(torch.tensor(float(log_alpha_0)))
         self.log_alpha_0_map = (
             nn.Parameter(torch.zeros(height, width)) if alpha_0_per_pixel else None
         )
@@ -657,7 +660,7 @@ def background_blocks(height: int, width: int) -> list[tuple]:
     that has no schedule.
     """
     big = max(height, width) >= 200
-    sides, blocks = (height, width), []
+    sides, blocks = (height, width), []  # open: each axis of an image has its own kernels
     while max(sides) > 1:
         axes = []
         for side in sides:
@@ -685,9 +688,11 @@ def with_coordinates(x: Tensor) -> Tensor:
     A coordinate is 1 along an axis of size 1.
     """
     height, width = x.shape[-2:]
-    rows = torch.linspace(-0.5, 0.5, height) if height > 1 else torch.ones(1)
-    columns = torch.linspace(-0.5, 0.5, width) if width > 1 else torch.ones(1)
-    grid = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).to(x)  # (2, h, w)
+
+    def axis(n: int) -> Tensor:
+        return torch.linspace(-0.5, 0.5, n, device=x.device) if n > 1 else x.new_ones(1)
+
+    grid = torch.stack(torch.meshgrid(axis(height), axis(width), indexing="ij")).to(x)  # (2, h, w)
     return torch.cat((x, grid.expand(len(x), -1, -1, -1)), dim=1)
 
 
@@ -738,7 +743,8 @@ class BackgroundAutoencoder(nn.Module):
         return [channels[0], *hidden, channels[-1]]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        # open: images enter in [0, 1]; the authors' 0..255 differs only before the first norm
+        # open: images enter the background autoencoder in [0, 1]
+        # (the authors' 0..255 differs only before the first norm)
         latents = self.encoder(images)  # (B, 16, 1, 1)
         output = at_least_float32(self.decoder(latents)).sigmoid()  # (B, 4, H, W)
         return output[:, :3], output[:, 3]
@@ -772,6 +778,11 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     `save_pretrained(folder)` writes model.safetensors and config.json, `ASTSeg.from_pretrained`
     reads them from a folder or from the hub.
     """
+
+    @classmethod
+    def from_pretrained(cls, *arguments, strict: bool = True, **options) -> "ASTSeg":
+        """As in huggingface_hub, but weights that are missing or too many are an error."""
+        return super().from_pretrained(*arguments, strict=strict, **options)
 
     def __init__(self, config: Config = Config()):
         super().__init__()
@@ -934,7 +945,7 @@ def learning_rate(
 
 def contingency(target: Tensor, predicted: Tensor, labels: int) -> Tensor:
     """Pixels that each pair of labels shares: two (B, H, W) -> (B, labels, labels), fp64."""
-    pairs = (target * labels + predicted).flatten(1)  # (B, H W)
+    pairs = (target.long() * labels + predicted.long()).flatten(1)  # (B, H W)
     table = torch.zeros(len(pairs), labels * labels, dtype=torch.float64, device=pairs.device)
     table.scatter_add_(1, pairs, torch.ones_like(pairs, dtype=torch.float64))
     return table.unflatten(1, (labels, labels))  # [image, target, predicted]
@@ -972,10 +983,11 @@ def mean_iou(target: Tensor, predicted: Tensor, slots: int) -> tuple[Tensor, Ten
     with_background, foreground = [], []
     for scores, counts in zip(iou.cpu().numpy(), present.cpu().numpy()):
         rows, columns = linear_sum_assignment(scores, maximize=True)
-        matched, pairs = scores[rows, columns], counts[rows, columns].sum()
-        with_background.append(matched.sum() / pairs)
-        # open: an image in which nothing is to be found and nothing was found counts 1
-        foreground.append(matched[1:].sum() / (pairs - 1) if pairs > 1 else 1.0)
+        matched, counted = scores[rows, columns], counts[rows, columns]
+        with_background.append(matched.sum() / counted.sum())
+        # open: an image in which nothing is to be found and nothing was found counts 1 in mIoU-FG
+        found = counted[1:].sum()
+        foreground.append(matched[1:].sum() / found if found else 1.0)
     return torch.tensor(np.array(with_background)), torch.tensor(np.array(foreground))
 
 
@@ -1028,7 +1040,7 @@ class Images(NamedTuple):
 
 
 def draw_shapes(count: int, seed: int, size: int = 64) -> Images:
-    """The embedded data set: two to four textured, shaded, overlapping shapes on wavy backgrounds.
+    """The embedded data set: two to four textured, overlapping shapes before a lit wall.
 
     The same seed draws the same images. Colours do not tell objects apart: those of an image share
     two hues, plain, striped, checked or spotted, and are shaded from one side.
@@ -1046,12 +1058,12 @@ def _draw_chunk(n: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
     y, x = torch.meshgrid(axis, axis, indexing="ij")  # (size, size)
     canvas = _draw_backgrounds(x, y, uniform)  # (n, 3, size, size)
     labels = torch.zeros(n, size, size, dtype=torch.uint8)
-    radius = uniform(0.14, 0.22, 4)
+    radius = uniform(0.15, 0.23, 4)
     center = _place(radius, uniform)
     objects = torch.randint(2, 5, (n,), generator=random)
     hues = uniform(0, 1, 1) + torch.stack((torch.zeros(n), uniform(0.25, 0.75)), dim=1)  # (n, 2)
     for k in range(4):
-        turn = uniform(0, 2 * math.pi, 1, 1)
+        turn = uniform(-0.35, 0.35, 1, 1)
         dx, dy = x - center[:, k, 0, None, None], y - center[:, k, 1, None, None]  # (n, size, size)
         u = (dx * turn.cos() + dy * turn.sin()) / radius[:, k, None, None]  # the shape's own frame
         v = (dy * turn.cos() - dx * turn.sin()) / radius[:, k, None, None]
@@ -1070,11 +1082,11 @@ def _draw_chunk(n: int, size: int, random: torch.Generator) -> tuple[Tensor, Ten
 
 
 def _draw_backgrounds(x: Tensor, y: Tensor, uniform) -> Tensor:
-    """A dim wall, (n, 3, size, size), of varying tint, lit from a varying side."""
+    """A dim wall, (n, 3, size, size), lit from a varying side, more or less brightly."""
     turn = uniform(0, 2 * math.pi, 1, 1)
     slope = (x - 0.5) * turn.cos() + (y - 0.5) * turn.sin()  # (n, size, size)
-    color = torch.tensor([0.26, 0.28, 0.32]) + uniform(-0.05, 0.05, 3)
-    return color[..., None, None] * (1 + uniform(0.2, 0.8, 1, 1) * slope)[:, None]
+    color = torch.tensor([0.26, 0.28, 0.32]) * uniform(0.9, 1.1, 1)
+    return color[..., None, None] * (1 + uniform(0.3, 0.7, 1, 1) * slope)[:, None]
 
 
 def _place(radius: Tensor, uniform) -> Tensor:
@@ -1087,14 +1099,13 @@ def _place(radius: Tensor, uniform) -> Tensor:
 
 
 def _shape_distance(u: Tensor, v: Tensor, kind: Tensor) -> Tensor:
-    """Below 0 inside a disc, square, triangle or ellipse of about unit radius."""
-    a, b = u.abs(), v.abs()
-    triangle = torch.maximum(0.866 * a + 0.5 * v, -v) - 0.55
+    """Below 0 inside a disc, rounded square, rounded triangle or ellipse of about unit radius."""
+    corners = torch.tensor([[0.95, 0.0], [-0.475, 0.823], [-0.475, -0.823]])
     shapes = [
         torch.hypot(u, v) - 0.95,
-        torch.maximum(a, b) - 0.8,
-        triangle,
-        (torch.hypot(u, v / 0.65) - 1) * 0.65,
+        (u**4 + v**4) ** 0.25 - 0.9,
+        torch.stack([torch.hypot(u - x, v - y) for x, y in corners]).amax(0) - 1.645,
+        (torch.hypot(u, v / 0.8) - 1) * 0.8,
     ]
     return torch.stack(shapes)[kind, torch.arange(len(kind))]
 

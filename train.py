@@ -36,7 +36,7 @@ from astseg import ASTSeg, Config, setting
 
 @dataclass(frozen=True)
 class Training:
-    """The curriculum and its optimisers, by default the paper's (Table 6)."""
+    """The curriculum and its optimisers, by default the paper's for CLEVRTEX (Table 6)."""
 
     scenario: Literal["CT", "BT", "frozen"] = setting(
         "CT", "Curriculum training, baseline training, or background frozen to the end (Table 4)."
@@ -49,8 +49,12 @@ class Training:
     batch: int = setting(64, "Images a step of phases 2 and 3.")
     lr: float = setting(4e-5, "Learning rate of phases 2 and 3.")
     warmup: int = setting(5_000, "Steps of the quadratic warm-up of that learning rate.")
-    refinement_lr: float = setting(1.0, "Factor on it for the transformer encoder.")
-    pretrained: str = setting("", "Backbone weights: a hub name (nvidia/mit-b3) or a folder.")
+    decay_at: float = setting(0.9, "Share of phases 2 and 3 after which it falls to a tenth.")
+    refinement_lr_factor: float = setting(1.0, "Factor on it for the whole refinement.")
+    # open: weights are random unless they are named, since not every machine reaches a hub
+    pretrained: str = setting(
+        "", "Backbone weights, a hub name or a folder; the paper's are nvidia/mit-b3."
+    )
     bf16: bool = setting(True, "Use bf16 autocast where there is a GPU.")
     train_images: int = setting(10_000, "Images that the embedded data set draws for training.")
     seed: int = setting(0, "Seed of the weights and of the order of images.")
@@ -59,7 +63,7 @@ class Training:
         for name in ("background_batch", "batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 2")
-        for name in ("background_lr", "lr", "refinement_lr", "steps", "background_steps"):
+        for name in ("background_lr", "lr", "refinement_lr_factor", "steps", "background_steps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if not 0 <= self.phase2_steps <= self.steps:
@@ -67,6 +71,8 @@ class Training:
                 f"phase2_steps is {self.phase2_steps} and steps {self.steps}: "
                 "phase 2 is a part of all steps"
             )
+        if not 0 < self.decay_at <= 1:
+            raise ValueError(f"decay_at is {self.decay_at}: it must be in (0, 1]")
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup}: it cannot be negative")
         if self.train_images < max(self.batch, self.background_batch):
@@ -99,15 +105,17 @@ class Run:
 
 # Settings of a data set that differ from the paper's for CLEVRTEX.
 PRESETS = {
-    # Two CPU cores, ten minutes: small sizes and short schedules, every component.
+    # Two CPU cores, ten minutes: small sizes and short schedules, every component. What each
+    # departure is for stands in the README.
     "shapes": dict(
-        height=64, width=64, slots=4, backbone="tiny", dropout=0.0,
+        height=48, width=48, slots=4, anisotropic=False, backbone="tiny", dropout=0.0,
         dim_transformer=128, dim_feedforward=256, transformer_layers=2,
-        refinement_start="identity", refinement_lr=0.05,
-        scale_max=8.0, log_alpha_0=6.0, entropy_warmup=1000,
-        background_kind="simple", background_width=0.125, background_lr=5e-4,
-        background_steps=800, background_batch=8,
-        steps=3000, phase2_steps=1500, batch=16, lr=5e-4, warmup=150,
+        refinement_start="identity", refinement_lr_factor=0.1,
+        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.1, entropy_warmup=1000,
+        background_kind="simple", background_width=0.25,
+        background_steps=1500, background_batch=8, background_lr=5e-4,
+        steps=4000, phase2_steps=3000, batch=32, lr=7e-4, warmup=100, decay_at=0.8,
+        train_images=8000,
     ),
 }  # fmt: skip
 
@@ -174,7 +182,7 @@ def curriculum(training: Training) -> list[Phase]:
 def make_optimizer(model: ASTSeg, phase: Phase, training: Training) -> torch.optim.Optimizer:
     fused = dict(fused=True)
     if phase.name == "background":
-        # open: AdamW with its default betas and no weight decay
+        # open: AdamW with its default betas and no weight decay in phase 1
         return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, **fused)
     refinement = list(model.encoder.parameters())
     rest = [*model.generator.parameters(), *model.renderer.parameters()]
@@ -182,17 +190,19 @@ def make_optimizer(model: ASTSeg, phase: Phase, training: Training) -> torch.opt
         rest += model.background.parameters()
     groups = [dict(params=rest, factor=1.0)]
     if refinement:
-        groups.append(dict(params=refinement, factor=training.refinement_lr))
+        groups.append(dict(params=refinement, factor=training.refinement_lr_factor))
     # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, **fused)
 
 
 def set_learning_rate(optimizer, phase: Phase, step: int, training: Training) -> float:
-    """Update number `step`, counted from 0, uses the rate of step + 1."""
-    if phase.name == "background":  # open: a tenth of the rate from 80 % of the steps on
+    # open: update number t uses the rate of step t + 1, the entropy weight of step t
+    if phase.name == "background":
+        # open: a tenth of the rate from 80 % of the steps on, in phase 1
         lr = astseg.learning_rate(step + 1, training.background_lr, phase.stop, decay_at=0.8)
     else:
-        lr = astseg.learning_rate(step + 1, training.lr, training.steps, training.warmup)
+        t = training
+        lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
     return lr
@@ -214,6 +224,7 @@ def compute_loss(model, phase: Phase, step: int, images, background) -> torch.Te
 class Progress:
     """All that a resumed run needs besides the model's weights."""
 
+    settings: dict  # of the run that it belongs to
     phase: int = 0  # index into curriculum(...)
     step: int = 0  # steps done in that phase's counter
     seconds: float = 0.0  # spent so far
@@ -227,9 +238,11 @@ def write_beside(path: Path, write) -> None:
     try:
         write(temporary)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save has RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def write_json(path: Path, content) -> None:
@@ -244,7 +257,7 @@ def save_checkpoint(folder: Path, model: ASTSeg, optimizer, progress: Progress) 
         optimizer=optimizer.state_dict() if optimizer else None,
         progress=dataclasses.asdict(progress),
         random=torch.get_rng_state(),
-        random_cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        random_cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     )
 
     def write(path: Path):
@@ -347,7 +360,9 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     started = time.time()
     state = load_checkpoint(folder) if run.resume else None
-    progress = Progress(**state["progress"]) if state else Progress()
+    settings = flat_settings(config, training, run)
+    progress = Progress(**state["progress"]) if state else Progress(settings)
+    check_same_settings(folder, progress.settings, settings)
     progress.started = started - progress.seconds
     images = load_data(run.dataset, "train", config, training).images.to(device)
     validation = load_data(run.dataset, "val", config, training)
@@ -365,8 +380,8 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
         if state:
             optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["random"])
-            if device.type == "cuda":
-                torch.cuda.set_rng_state_all(state["random_cuda"])
+            if device.type == "cuda" and state["random_cuda"] is not None:
+                torch.cuda.set_rng_state(state["random_cuda"])
             state = None
         else:
             progress.phase, progress.step = number, phase.start
@@ -389,7 +404,9 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
     )  # fmt: skip
     for step in bar:
         lr = set_learning_rate(optimizer, phase, step, training)
-        index = batch_indices(step, batch, len(images), training.seed).to(images.device)
+        index = batch_indices(step, batch, len(images), training.seed).to(
+            images.device, non_blocking=True
+        )
         background = None if backgrounds is None else to_float(backgrounds[index])
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             loss = compute_loss(model, phase, step, to_float(images[index]), background)
@@ -400,13 +417,16 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
 
         progress.step = step + 1
         last = progress.step == phase.stop
-        log = last or progress.step % run.log_every == 0
+        judge = phase.name != "background" and progress.step % run.evaluate_every == 0
+        log = last or judge or progress.step % run.log_every == 0
         save = last or progress.step % run.checkpoint_every == 0
         if (log or save) and not torch.isfinite(total):
             raise_not_finite(folder, progress)
         if log:
             steps, seconds = progress.step - since, max(time.time() - clock, 1e-9)
-            line = log_line(job, phase, lr, total.item() / steps, batch * steps / seconds, last)
+            line = log_line(
+                job, phase, lr, total.item() / steps, batch * steps / seconds, judge or last
+            )
             bar.write(format_line(line), file=sys.stdout)
             sys.stdout.flush()
             warn_of_known_failures(line, last)
@@ -418,14 +438,14 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
             save_checkpoint(folder, model, optimizer, progress)
 
 
-def log_line(job: Job, phase: Phase, lr, loss, images_per_second, last: bool) -> dict:
+def log_line(job: Job, phase: Phase, lr, loss, images_per_second, judge: bool) -> dict:
     """One entry of log.jsonl, at intervals with the validation metrics."""
     step = job.progress.step
     line = dict(
         phase=job.progress.phase + 1, name=phase.name, step=step, lr=lr, loss=loss,
         alpha_0=job.model.renderer.alpha_0.mean().item(), images_per_second=images_per_second,
     )  # fmt: skip
-    if phase.name != "background" and (last or step % job.run.evaluate_every == 0):
+    if judge and phase.name != "background":
         line.update(evaluate(job.model, job.validation))
         job.model.train()
     job.progress.history.append(line)
@@ -471,7 +491,7 @@ def warn_of_known_failures(line: dict, last: bool) -> None:
     if line.get("clamped", 0) > 0.5:
         print(
             f"warning: {line['clamped']:.0%} of the positions are clamped at the image's border, "
-            "where they get no gradient: lower --lr or --refinement_lr, or lengthen --warmup",
+            "where they get no gradient: lower --lr or lengthen --warmup",
             file=sys.stderr,
         )
 
@@ -660,9 +680,10 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
     height, width = model.config.size
     for path, picture in zip(paths, pictures):
         factor = min(picture.width / width, picture.height / height)  # picture pixels a pixel
-        left = (picture.width - factor * width) / 2
-        top = (picture.height - factor * height) / 2
-        box = (left, top, left + factor * width, top + factor * height)
+        left = max(0.0, (picture.width - factor * width) / 2)  # rounding may go below 0
+        top = max(0.0, (picture.height - factor * height) / 2)
+        right, bottom = min(picture.width, left + factor * width), top + factor * height
+        box = (left, top, right, min(picture.height, bottom))
         small = picture.resize((width, height), Image.Resampling.BILINEAR, box)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
         with torch.no_grad():
@@ -723,6 +744,7 @@ def save_segmentation(output: Path, stem: str, picture, labels, objects, slots: 
 def parse_arguments(arguments: Optional[list[str]] = None) -> tuple[Config, Training, Run]:
     """Flags made from the dataclasses. Defaults: the data set's, or a resumed run's own."""
     parser = HfArgumentParser([Run, Config, Training], description=__doc__.splitlines()[0])
+    parser.set_defaults(**PRESETS[Run.dataset])
     run, _ = parser.parse_known_args(arguments)
     parser.set_defaults(**PRESETS[run.dataset])
     if run.resume or run.evaluate:
@@ -732,6 +754,11 @@ def parse_arguments(arguments: Optional[list[str]] = None) -> tuple[Config, Trai
         raise ValueError(
             f"the embedded shapes are drawn on square images, not {config.height}x{config.width}: "
             "give --height and --width the same number"
+        )
+    if training.pretrained and config.generator != "segformer":
+        raise ValueError(
+            f"pretrained is {training.pretrained!r}, but the generator is {config.generator}: "
+            "only the segformer has pretrained weights"
         )
     return config, training, run
 
@@ -751,9 +778,13 @@ def read_settings(folder: Path) -> dict:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def check_same_settings(folder: Path, settings: dict) -> None:
+def flat_settings(config: Config, training: Training, run: Run) -> dict:
+    return {**dataclasses.asdict(config), **dataclasses.asdict(training), "dataset": run.dataset}
+
+
+def check_same_settings(folder: Path, stored: dict, settings: dict) -> None:
     """A resumed run keeps its settings: name the first that differs."""
-    for name, value in read_settings(folder).items():
+    for name, value in stored.items():
         if settings.get(name) != value:
             raise ValueError(
                 f"the run in {folder} was started with {name} = {value}, not "
@@ -779,15 +810,13 @@ def main(arguments: Optional[list[str]] = None) -> None:
         return print(table_row(folder.name, metrics))
 
     folder = run_folder(run)
-    settings = {
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(training),
-        "dataset": run.dataset,
-    }
-    if run.resume:
-        check_same_settings(folder, settings)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", settings)
+    if not run.resume:
+        if (folder / "checkpoint.pt").exists():
+            raise ValueError(
+                f"{folder} holds a run already: go on with --resume, or choose another --output"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "settings.json", flat_settings(config, training, run))
     job = train(config, training, run, folder)
     save_model(job.model, folder)
     draw_curves(job.progress.history, folder / "curves.png")
