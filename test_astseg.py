@@ -854,7 +854,7 @@ def test_update_t_uses_the_rate_of_step_t_plus_1_and_the_refinement_its_factor()
     phase = train.curriculum(t)[1]
     optimizer = train.make_optimizer(model, phase, t)
     assert train.set_learning_rate(optimizer, phase, 4_999, t) == 4e-5
-    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-5, 2e-6])
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([4e-5, 2e-6, 4e-5])
     assert train.set_learning_rate(optimizer, phase, 0, t) == pytest.approx(4e-5 / 5_000**2)
 
 
@@ -1250,7 +1250,9 @@ def test_each_open_choice_is_listed_in_the_readme():
 
 
 def test_importing_the_module_is_silent_and_touches_no_random_state():
-    code = "import torch as t; a = t.get_rng_state(); import astseg; assert a.equal(t.get_rng_state())"
+    code = (
+        "import torch as t; a = t.get_rng_state(); import astseg; assert a.equal(t.get_rng_state())"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 

@@ -51,6 +51,7 @@ class Training:
     warmup: int = setting(5_000, "Steps of the quadratic warm-up of that learning rate.")
     decay_at: float = setting(0.9, "Share of phases 2 and 3 after which it falls to a tenth.")
     refinement_lr_factor: float = setting(1.0, "Factor on it for the whole refinement.")
+    renderer_lr_factor: float = setting(1.0, "Factor on it for the glimpse generator and alpha_0.")
     # open: weights are random unless they are named, since not every machine reaches a hub
     pretrained: str = setting(
         "", "Backbone weights, a hub name or a folder; the paper's are nvidia/mit-b3."
@@ -63,7 +64,14 @@ class Training:
         for name in ("background_batch", "batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 2")
-        for name in ("background_lr", "lr", "refinement_lr_factor", "steps", "background_steps"):
+        for name in (
+            "background_lr",
+            "lr",
+            "refinement_lr_factor",
+            "renderer_lr_factor",
+            "steps",
+            "background_steps",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if not 0 <= self.phase2_steps <= self.steps:
@@ -110,11 +118,11 @@ PRESETS = {
     "shapes": dict(
         height=48, width=48, slots=4, anisotropic=False, backbone="tiny", dropout=0.0,
         dim_transformer=128, dim_feedforward=256, transformer_layers=2,
-        refinement_start="identity", refinement_lr_factor=0.1,
-        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.1, entropy_warmup=1000,
+        refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
+        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.05, entropy_warmup=1000,
         background_kind="simple", background_width=0.25,
         background_steps=1500, background_batch=8, background_lr=5e-4,
-        steps=4000, phase2_steps=3000, batch=32, lr=7e-4, warmup=100, decay_at=0.8,
+        steps=3800, phase2_steps=3000, batch=32, lr=1e-3, warmup=100, decay_at=0.8,
         train_images=8000,
     ),
 }  # fmt: skip
@@ -184,13 +192,15 @@ def make_optimizer(model: ASTSeg, phase: Phase, training: Training) -> torch.opt
     if phase.name == "background":
         # open: AdamW with its default betas and no weight decay in phase 1
         return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, **fused)
-    refinement = list(model.encoder.parameters())
-    rest = [*model.generator.parameters(), *model.renderer.parameters()]
+    parts = [
+        (model.generator, 1.0),
+        (model.encoder, training.refinement_lr_factor),  # all its parameters are the refinement's
+        (model.renderer, training.renderer_lr_factor),
+    ]
     if phase.name == "joint":
-        rest += model.background.parameters()
-    groups = [dict(params=rest, factor=1.0)]
-    if refinement:
-        groups.append(dict(params=refinement, factor=training.refinement_lr_factor))
+        parts.append((model.background, 1.0))
+    groups = [dict(params=list(part.parameters()), factor=factor) for part, factor in parts]
+    groups = [group for group in groups if group["params"]]  # there may be no refinement
     # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, **fused)
 
