@@ -21,7 +21,7 @@ The paper, from its first equation to its metrics, and where it stands below, in
     section 2, eq. (1)                     translate
     section 2, eq. (4), Proposition 2.1    center_of_mass
     section 2, eq. (10)                    spatial_softmax, soft_argmax
-    Table 6                                Config (optimisers and schedules: train.Training)
+    Table 6                                Config
     section 4.1, feature maps              SegformerGenerator
     Table 8                                UNetGenerator
     section 4.1, eqs. (12)-(13)            normalized_coordinates
@@ -41,7 +41,9 @@ The paper, from its first equation to its metrics, and where it stands below, in
     section 5.1, optimisation              learning_rate
     section 5.1, metrics                   mean_iou, adjusted_rand_index, segmentation_covering
     section 5.1, metrics                   squared_error
-    section 4.2.2, curriculum              in train.py: curriculum, run_phase
+
+The phases of section 4.2.2 and the optimisers of Table 6 are in train.py: curriculum, run_phase and
+Training.
 
 Shapes: B batch, K slots, H W image, h w feature map (the paper's h*, w*), G side of a glimpse,
 C channels, D latent width (the paper's d_Phi), Z width of z_what.

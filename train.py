@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -64,14 +64,8 @@ class Training:
         for name in ("background_batch", "batch"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 2")
-        for name in (
-            "background_lr",
-            "lr",
-            "refinement_lr_factor",
-            "renderer_lr_factor",
-            "steps",
-            "background_steps",
-        ):
+        factors = ("refinement_lr_factor", "renderer_lr_factor")
+        for name in ("background_lr", "lr", "steps", "background_steps", *factors):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if not 0 <= self.phase2_steps <= self.steps:
@@ -113,16 +107,16 @@ class Run:
 
 # Settings of a data set that differ from the paper's for CLEVRTEX.
 PRESETS = {
-    # Two CPU cores, ten minutes: small sizes and short schedules, every component. What each
-    # departure is for stands in the README.
+    # Two CPU cores, ten minutes: small sizes and short schedules, every component. The README says
+    # what each departure from the paper is for.
     "shapes": dict(
         height=48, width=48, slots=4, anisotropic=False, backbone="tiny", dropout=0.0,
         dim_transformer=128, dim_feedforward=256, transformer_layers=2,
         refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
-        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.05, entropy_warmup=1000,
+        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.03, entropy_warmup=1000,
         background_kind="simple", background_width=0.25,
         background_steps=1500, background_batch=8, background_lr=5e-4,
-        steps=3800, phase2_steps=3000, batch=32, lr=1e-3, warmup=100, decay_at=0.8,
+        steps=3800, phase2_steps=3000, batch=32, lr=1e-3, warmup=100, decay_at=0.75,
         train_images=8000,
     ),
 }  # fmt: skip
@@ -668,7 +662,7 @@ def save_model(model: ASTSeg, folder: Path) -> None:
 
 def read_image(path: Path) -> Image.Image:
     try:
-        return Image.open(path).convert("RGB")
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path}") from None
     except (OSError, ValueError) as error:
