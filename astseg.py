@@ -782,9 +782,9 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     """
 
     @classmethod
-    def from_pretrained(cls, *arguments, strict: bool = True, **options) -> "ASTSeg":
-        """As in huggingface_hub, but weights that are missing or too many are an error."""
-        return super().from_pretrained(*arguments, strict=strict, **options)
+    def _from_pretrained(cls, *, strict: bool = True, **options) -> "ASTSeg":
+        # As in huggingface_hub, but weights that are missing or too many are an error.
+        return super()._from_pretrained(strict=strict, **options)
 
     def __init__(self, config: Config = Config()):
         super().__init__()

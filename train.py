@@ -582,7 +582,7 @@ def draw_slots(model: ASTSeg, data: astseg.Images, path: Path, count: int = 3) -
     shown = output.weights[:, 1:, None] * output.layers + (1 - output.weights[:, 1:, None]) * 0.85
     glimpses = output.glimpse_masks[:, :, None] * output.glimpses
     glimpses = glimpses + (1 - output.glimpse_masks[:, :, None]) * 0.85
-    figure, axes = new_figure(3 * len(images), slots + 1, (1.4 * (slots + 1), 4.2 * len(images)))
+    figure, axes = new_figure(3 * len(images), slots + 1, (1.4 * (slots + 1), 3.6 * len(images)))
     for i in range(len(images)):
         attention_row, glimpse_row, layer_row = axes[3 * i : 3 * i + 3]
         attention_row[0].imshow(channels_last(images[i]))
