@@ -697,8 +697,9 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
         crop = Image.fromarray(labels).resize((box[2] - box[0], box[3] - box[1]), Image.NEAREST)
         whole = Image.new("L", picture.size)
         whole.paste(crop, box[:2])
-        objects = describe_objects(np.array(whole), prediction, (left, top), factor)
-        save_segmentation(output, path.stem, picture, whole, objects, model.config.slots)
+        labels = np.array(whole)
+        objects = describe_objects(labels, prediction, (left, top), factor)
+        save_segmentation(output, path.stem, picture, labels, objects, model.config.slots)
         print(f"{path}: {len(objects)} objects -> {output / path.stem}_labels.png")
 
 
@@ -729,9 +730,9 @@ def describe_objects(labels: np.ndarray, prediction: astseg.Output, corner, fact
 def save_segmentation(output: Path, stem: str, picture, labels, objects, slots: int) -> None:
     colors = label_colors(slots + 1)
     overlay = np.array(picture, dtype=np.float32)
-    found = np.array(labels) > 0
-    overlay[found] = (overlay[found] + colors[np.array(labels)[found]]) / 2
-    palette = Image.fromarray(np.array(labels), "P")  # pixel index = label
+    found = labels > 0
+    overlay[found] = (overlay[found] + colors[labels[found]]) / 2
+    palette = Image.fromarray(labels, "P")  # pixel index = label
     palette.putpalette(colors.flatten().tolist())
     for name, image in (
         ("labels", palette),
@@ -815,7 +816,7 @@ def main(arguments: Optional[list[str]] = None) -> None:
 
     folder = run_folder(run)
     if not run.resume:
-        if (folder / "checkpoint.pt").exists():
+        if any(folder.glob("checkpoint*.pt")):
             raise ValueError(
                 f"{folder} holds a run already: go on with --resume, or choose another --output"
             )
