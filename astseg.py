@@ -56,16 +56,34 @@ is slot k. "# eq. (n)" marks the line that computes equation n; "# open:" marks 
 paper leaves open, or a departure from it, and the README lists them all.
 """
 
+import contextlib
+import errno
+import gzip
+import itertools
+import json
 import math
+import os
+import re
+import shutil
+import struct
+import sys
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Optional
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, Literal, NamedTuple, Optional
 
+import google_crc32c
 import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
+from PIL import Image, ImageOps
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
 # -------------------------------------------------------------------------------------------------
@@ -633,11 +651,11 @@ class Renderer(nn.Module):
         glimpses = at_least_float32(glimpses)
         position, scale = latents.position.flatten(0, 1), latents.scale.flatten(0, 1)  # (B K, 2)
         warped = spatial_transformer(glimpses, position, scale, self.height, self.width)
-        glimpses = glimpses.unflatten(0, (batch, slots))  # (B, K, 4, G, G)
-        warped = warped.unflatten(0, (batch, slots))  # (B, K, 4, H, W)
-        masks = warped[:, :, 3]
+        glimpses, glimpse_masks = glimpses.unflatten(0, (batch, slots)).split([3, 1], dim=2)
+        layers, masks = warped.unflatten(0, (batch, slots)).split([3, 1], dim=2)
+        glimpse_masks, masks = glimpse_masks.squeeze(2), masks.squeeze(2)  # (B, K, H, W)
         weights = occlusion_weights(latents.activation, masks, self.alpha_0)
-        return Layers(weights, warped[:, :, :3], masks, glimpses[:, :, :3], glimpses[:, :, 3])
+        return Layers(weights, layers, masks, glimpses, glimpse_masks)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -783,8 +801,9 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **options) -> "ASTSeg":
-        # As in huggingface_hub, but weights that are missing or too many are an error.
-        return super()._from_pretrained(strict=strict, **options)
+        # As in huggingface_hub, but silent, and weights that are missing or too many are an error.
+        with contextlib.redirect_stdout(None):
+            return super()._from_pretrained(strict=strict, **options)
 
     def __init__(self, config: Config = Config()):
         super().__init__()
@@ -930,6 +949,15 @@ def robust_background_loss(
     return ((error + error_of_error) * weight).mean()
 
 
+def background_complexity(backgrounds: Tensor, tau: float = 0.25) -> float:
+    """How far backgrounds (N, 3, H, W) in [0, 1] are from their per-pixel median, in [0, 1] ([38]).
+
+    Above 0.24 [38] takes the complex autoencoder.
+    """
+    distance = (backgrounds - backgrounds.median(0).values).abs().sum(1)  # (N, H, W)
+    return (distance / tau).tanh().mean().item()
+
+
 def learning_rate(
     step: int, peak: float, total: int, warmup: int = 0, decay_at: float = 0.9
 ) -> float:
@@ -1030,15 +1058,15 @@ def squared_error(images: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------
-# Data. Nothing below is needed to understand the model; it stands here, not in train.py, so that a
-# notebook or a fork can import it.
+# Data: the embedded data set. Nothing from here on is needed to understand the model; it stands
+# here so that train.py stays the curriculum, and a notebook or a fork imports what it needs.
 
 
 class Images(NamedTuple):
-    """A data set in memory, as bytes."""
+    """Images as bytes, in memory or mapped into it from a file."""
 
     images: Tensor  # (N, 3, H, W), uint8
-    labels: Tensor  # (N, H, W), uint8, 0 background, 1.. objects; for evaluation only
+    labels: Optional[Tensor]  # (N, H, W), uint8, 0 background, 1.. objects; for evaluation only
 
 
 def draw_shapes(count: int, seed: int, size: int = 64) -> Images:
@@ -1128,3 +1156,488 @@ def _color(hue: Tensor, saturation: float, value: float) -> Tensor:
     """RGB (n, 3) of hues (n,) in turns."""
     channel = (hue[:, None] * 6 + torch.tensor([0.0, 4.0, 2.0])) % 6
     return value * (1 - saturation * (1 - ((channel - 3).abs() - 1).clamp(0, 1)))
+
+
+# -------------------------------------------------------------------------------------------------
+# The paper's data sets as their authors publish them, and folders of images. Each is read once,
+# into arrays of bytes (`cached_parts`); each function below names the items of one data set, in the
+# order test, validation, training, and what decodes an item.
+
+CLEVRTEX_VARIANTS = {"clevrtex": "full"} | {v: v for v in ("outd", "camo", "pbg", "vbg", "grassbg")}
+# Image height and width, number of masks, and how many of those are background.
+TFRECORDS = {
+    "clevr": ("clevr_with_masks_train.tfrecords", 240, 320, 11, 1),
+    "objectsroom": ("objects_room_train.tfrecords", 64, 64, 7, 4),
+    "six_objects": ("objects_room_test_six_objects.tfrecords", 64, 64, 10, 4),
+    "identical_color": ("objects_room_test_identical_color.tfrecords", 64, 64, 10, 4),
+    "empty_room": ("objects_room_test_empty_room.tfrecords", 64, 64, 4, 4),
+}
+DATASETS = (*CLEVRTEX_VARIANTS, *TFRECORDS, "shapestacks", "folder")
+
+
+class Source(NamedTuple):
+    """A data set before it is decoded."""
+
+    files: list[Path]  # all that it is made of; their sizes and times tell whether it changed
+    items: Callable[[], Iterable]  # () -> what decode takes, one item an image
+    decode: Callable  # item -> (PIL image, label map (H, W) uint8 or None)
+    ends: Callable[[int], tuple[int, int]]  # number of images -> end of test, end of validation
+    crop: float = 1.0  # side of the centre crop, as a share of the largest one
+    nearest: str = "pillow"  # whose nearest neighbour the label maps are resized with
+    labelled: bool = True  # whether there are label maps
+    tolerance: float = 0.0  # share of images that may be damaged; they are named and skipped
+
+
+def tenths(count: int) -> tuple[int, int]:
+    """The first 10 % by index are the test part, the next 10 % the validation part."""
+    tenth = max(1, count // 10) if count > 2 else 0
+    return tenth, max(2 * tenth, count // 5)
+
+
+def clevrtex_source(data: Path, dataset: str) -> Source:
+    """CLEVRTEX and its variants: CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png."""
+    variant = CLEVRTEX_VARIANTS[dataset]
+    name = re.compile(rf"CLEVRTEX_{variant}_(\d+)\.png")
+    images = [path for path in data.rglob(f"CLEVRTEX_{variant}_*.png") if name.fullmatch(path.name)]
+    images.sort(key=lambda path: int(name.fullmatch(path.name)[1]))
+    if not images:
+        raise FileNotFoundError(f"{data} holds no image CLEVRTEX_{variant}_NNNNNN.png")
+    pairs = [(path, path.with_name(path.stem + "_flat.png")) for path in images]
+
+    def decode(pair):
+        return read_image(pair[0]), read_labels(pair[1])
+
+    # outd is one test set; open: camo too has a test part, its first 10 %
+    ends = (lambda count: (count, count)) if dataset == "outd" else tenths
+    return Source([p for pair in pairs for p in pair], lambda: pairs, decode, ends, crop=0.8)
+
+
+def tfrecord_source(data: Path, dataset: str) -> Source:
+    """CLEVR with masks and ObjectsRoom: TFRecord files of tf.train.Example."""
+    name, height, width, masks, backgrounds = TFRECORDS[dataset]
+    path = data / name if data.is_dir() else data
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: --data is that file or the folder it is in")
+
+    def decode(record):
+        where, body = record
+        features = example_features(body, where)
+        image = feature_bytes(features, "image", height * width * 3, where)
+        mask = feature_bytes(features, "mask", masks * height * width, where)
+        labels = mask.reshape(masks, height, width).argmax(0)
+        labels = np.maximum(0, labels - (backgrounds - 1)).astype(np.uint8)
+        return Image.fromarray(image.reshape(height, width, 3)), labels
+
+    def ends(count):
+        if dataset in ("six_objects", "identical_color", "empty_room"):
+            return count, count  # published as test sets
+        # open: CLEVR's first tenths by index, as the authors take them
+        return (10_000, 20_000) if dataset == "objectsroom" and count >= 30_000 else tenths(count)
+
+    crop = 0.8 if dataset == "clevr" else 1.0
+    return Source([path], lambda: read_tfrecords(path), decode, ends, crop)
+
+
+def shapestacks_source(data: Path) -> Source:
+    """ShapeStacks: recordings/<scenario>/rgb-*.png, iseg/<scenario>/iseg-*.map, splits/default."""
+    pairs, counts = [], []
+    for part in ("test", "eval", "train"):
+        split = data / "splits" / "default" / f"{part}.txt"
+        if not split.is_file():
+            raise FileNotFoundError(f"{split} is missing: --data is ShapeStacks' own folder")
+        for scenario in split.read_text().split():
+            for path in sorted((data / "recordings" / scenario).glob("rgb-*-cam_*-mono-0.png")):
+                camera = path.name.split("-cam_")[1].removesuffix(".png")
+                labels = f"iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
+                pairs.append((path, data / "iseg" / scenario / labels))
+        counts.append(len(pairs))
+    if not pairs:
+        raise FileNotFoundError(f"{data / 'recordings'} holds no image of the scenarios in splits")
+
+    def decode(pair):
+        labels = read_labels(pair[1], channel=0) // 32
+        return read_image(pair[0]), labels
+
+    files = [p for pair in pairs for p in pair]
+    return Source(files, lambda: pairs, decode, lambda _: tuple(counts[:2]), 196 / 224, "torch")
+
+
+def folder_source(data: Path, masks: Optional[Path] = None) -> Source:
+    """Any images, in nested folders too; masks are images of the same stems in another folder.
+
+    A folder that holds images/ and masks/ is taken at its word. Black is the background of a mask,
+    every other value or colour an object.
+    """
+    if masks is None and (data / "images").is_dir() and (data / "masks").is_dir():
+        data, masks = data / "images", data / "masks"
+    images = list_images(data)
+    if not images:
+        raise FileNotFoundError(f"{data} holds no PNG, JPEG or WebP image")
+    of_stem = {path.relative_to(masks).with_suffix(""): path for path in list_images(masks)}
+    stems = [path.relative_to(data).with_suffix("") for path in images]
+    for path, stem in zip(images, stems):
+        if of_stem and stem not in of_stem:
+            raise FileNotFoundError(f"{path} has no mask {masks / stem}.png")
+    for stem in set(of_stem).difference(stems):
+        raise FileNotFoundError(f"{of_stem[stem]} has no image {data / stem}")
+    pairs = [(path, of_stem.get(stem)) for path, stem in zip(images, stems)]
+
+    def decode(pair):
+        image, labels = read_image(pair[0]), pair[1] and read_labels(pair[1], compact=True)
+        if labels is not None and labels.shape != image.size[::-1]:
+            raise ValueError(
+                f"{pair[1]} is {labels.shape[1]}x{labels.shape[0]}, its image "
+                f"{image.width}x{image.height}: they must be of one size"
+            )
+        return image, labels
+
+    files = [p for pair in pairs for p in pair if p]
+    return Source(files, lambda: pairs, decode, tenths, labelled=bool(of_stem), tolerance=0.01)
+
+
+def open_source(dataset: str, data: Path, masks: Optional[Path] = None) -> Source:
+    """The source of a data set in DATASETS. Raises OSError where its files are not."""
+    for path in (data, masks):
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"there is no file or folder {path}")
+    if dataset in CLEVRTEX_VARIANTS:
+        return clevrtex_source(data, dataset)
+    if dataset in TFRECORDS:
+        return tfrecord_source(data, dataset)
+    return shapestacks_source(data) if dataset == "shapestacks" else folder_source(data, masks)
+
+
+class DamagedImage(OSError):
+    """A file that is no image, or only a part of one."""
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image file as RGB, turned as its EXIF tag says; an alpha channel is dropped.
+
+    Raises FileNotFoundError, or DamagedImage with the file's name.
+    """
+    return _open_image(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_labels(path: Path, channel: Optional[int] = None, compact: bool = False) -> np.ndarray:
+    """A label map (H, W), uint8, from an image file: palette indices, grey values or a channel.
+
+    With compact the values (or colours) are renumbered 1, 2, ... in their order, 0 staying 0.
+    Raises FileNotFoundError, DamagedImage, or ValueError for more labels than a byte can hold.
+    """
+    plain = ("1", "L", "P", "I", "I;16")
+    values = _open_image(path, lambda i: np.array(i if i.mode in plain else i.convert("RGB")))
+    if compact and values.ndim == 3:
+        values = values.astype(np.int64) @ [65536, 256, 1]
+    elif channel is not None and values.ndim == 3:
+        values = values[..., channel]
+    if values.ndim != 2:
+        raise ValueError(f"{path} has colours: label maps are palette or grey images")
+    if compact:
+        present = np.unique(np.append(values, 0))
+        values = np.searchsorted(present, values)
+    if values.max(initial=0) > 255:
+        raise ValueError(f"{path} has label {values.max()}: there can be 255 objects at most")
+    return values.astype(np.uint8)
+
+
+def _open_image(path: Path, convert: Callable):
+    try:
+        with Image.open(path) as image:
+            return convert(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DamagedImage(f"cannot read {path} as an image ({error})") from error
+
+
+def list_images(folder: Optional[Path]) -> list[Path]:
+    """PNG, JPEG and WebP files in a folder and below it, sorted; hidden ones are passed over."""
+    if folder is None:
+        return []
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def read_tfrecords(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, body) of each record of a TFRecord file, GZIP-compressed or not.
+
+    Raises OSError, with the record's number from 0, where the file is damaged or cut short.
+    """
+
+    def checked(size: int, stored: bytes, body: bytes) -> bytes:
+        crc = google_crc32c.value(body)
+        masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        if len(body) < size or struct.pack("<I", masked) != stored:
+            raise EOFError("cut short" if len(body) < size or len(stored) < 4 else "bad checksum")
+        return body
+
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    with gzip.open(path) if compressed else open(path, "rb") as file:
+        for number in itertools.count():
+            where = f"{path}, record {number}"
+            try:
+                head = file.read(12)  # length, its checksum
+                if not head:
+                    return
+                (size,) = struct.unpack("<Q", checked(8, head[8:], head[:8]))
+                body = file.read(size)
+                yield where, checked(size, file.read(4), body)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise OSError(
+                    f"{where}: the file is damaged or no TFRecord file ({error})"
+                ) from error
+
+
+def message_fields(body: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """(number, content) of the length-delimited fields of a protocol buffer message."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = body[position]
+            position, value, shift = position + 1, value | (byte & 127) << shift, shift + 7
+            if byte < 128:
+                return value
+
+    while position < len(body):
+        tag = varint()
+        if tag & 7 != 2:
+            raise ValueError(f"field {tag >> 3} is of type {tag & 7}, not length-delimited")
+        size = varint()
+        if position + size > len(body):
+            raise ValueError("a field is longer than its message")
+        yield tag >> 3, body[position : position + size]
+        position += size
+
+
+def example_features(body: bytes, where: str) -> dict[str, memoryview]:
+    """Name -> bytes_list of a tf.train.Example, each still a message of its own."""
+    found = {}
+    try:
+        for _, features in message_fields(memoryview(body)):  # Example.features
+            for _, entry in message_fields(features):  # Features.feature, a map
+                pair = dict(message_fields(entry))  # 1: key, 2: Feature
+                for kind, values in message_fields(pair[2]):
+                    if kind == 1:  # Feature.bytes_list
+                        found[bytes(pair[1]).decode()] = values
+    except (IndexError, KeyError, ValueError) as error:
+        raise OSError(f"{where}: it is no tf.train.Example ({error})") from error
+    return found
+
+
+def feature_bytes(features: dict, name: str, count: int, where: str) -> np.ndarray:
+    """The count bytes (count,) of a feature.
+
+    In these files every byte is an entry of its own: tag 0x0a, length 1, the byte.
+    """
+    if name not in features:
+        raise OSError(f"{where}: it has no feature {name!r}, so it is of another data set")
+    entries = np.frombuffer(features[name], np.uint8)
+    if len(entries) != 3 * count or (entries.reshape(-1, 3)[:, :2] != (0x0A, 1)).any():
+        raise OSError(
+            f"{where}: {name!r} has {len(entries) // 3} bytes, not {count}: "
+            "the file is of another data set"
+        )
+    return entries[2::3]
+
+
+def crop_and_resize(image, labels, height: int, width: int, crop: float = 1.0, nearest="pillow"):
+    """Centre crop to the aspect of height x width, then resize.
+
+    image (PIL), labels (h, w) uint8 or None -> (3, height, width) uint8, (height, width) or None.
+    Images bilinearly, with antialiasing; label maps to their nearest neighbour.
+    """
+    w, h = image.size
+    side_x = max(1, int(crop * min(w, h * width / height)))
+    side_y = max(1, int(crop * min(h, w * height / width)))
+    left, top = round((w - side_x) / 2), round((h - side_y) / 2)
+    box = (left, top, left + side_x, top + side_y)
+    image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.array(image).transpose(2, 0, 1)
+    if labels is None:
+        return pixels, None
+    if nearest == "torch":
+        labels = torch.from_numpy(labels[top : top + side_y, left : left + side_x])
+        labels = F.interpolate(labels[None, None], size=(height, width), mode="nearest")
+        return pixels, labels[0, 0].numpy()
+    labels = Image.fromarray(labels).crop(box)
+    return pixels, np.array(labels.resize((width, height), Image.Resampling.NEAREST))
+
+
+# -------------------------------------------------------------------------------------------------
+# The cache: images.u8 and labels.u8, in the order test, validation, training, beside manifest.json
+
+
+def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[str, Images]:
+    """The parts "test", "val", "train" and "all" of a source, mapped into memory from a cache.
+
+    The first call decodes the source on all cores; one that is interrupted goes on where it was. A
+    cache that was made of other files or sizes, or does not match its checksums, is made anew.
+    Raises OSError or ValueError, with the file's name, for what cannot be read, and then leaves
+    no cache behind.
+    """
+    facts = [f"{p}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in source.files if p.exists()]
+    made_from = {
+        "files": len(facts),
+        "fingerprint": zlib.crc32("\n".join(facts).encode()),
+        "preprocessing": [height, width, source.crop, source.nearest],
+    }
+    state = _read_state(folder / "manifest.json", made_from)
+    if state is None or not _matches(folder, state):
+        try:
+            state = _decode_all(source, folder, height, width, made_from)
+        except (OSError, ValueError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise OSError(f"no space left on the disk for {folder}: choose another --cache")
+            raise
+    shapes = {"images.u8": (state["count"], 3, height, width)}
+    if source.labelled:
+        shapes["labels.u8"] = (state["count"], height, width)
+    # Mode "c": pages are read when they are touched, and nothing is ever written back.
+    arrays = [
+        torch.from_numpy(np.memmap(folder / name, np.uint8, "c", shape=shape))
+        for name, shape in shapes.items()
+    ]
+    everything = Images(arrays[0], arrays[1] if source.labelled else None)
+    first, second = source.ends(state["count"])
+    bounds = {"test": (0, first), "val": (first, second), "train": (second, None), "all": (0, None)}
+    return {
+        part: Images(*(None if array is None else array[start:stop] for array in everything))
+        for part, (start, stop) in bounds.items()
+    }
+
+
+def _read_state(path: Path, made_from: dict) -> Optional[dict]:
+    """What a manifest says, if it is there, whole, and of the same source."""
+    try:
+        state = json.loads(path.read_text())
+        return state if state["made_from"] == made_from else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _matches(folder: Path, state: dict) -> bool:
+    """Whether the arrays begin with the bytes that were counted; what follows them is cut off."""
+    for name, (size, checksum) in state["arrays"].items():
+        path, crc = folder / name, 0
+        if not path.exists() or path.stat().st_size < size:
+            return False
+        if path.stat().st_size > size:
+            os.truncate(path, size)
+        with open(path, "rb") as file:
+            while chunk := file.read(1 << 24):
+                crc = zlib.crc32(chunk, crc)
+        if crc != checksum:
+            return False
+    return True
+
+
+def _decode_all(source: Source, folder: Path, height: int, width: int, made_from: dict) -> dict:
+    """Append every image and label map to the arrays, noting every few seconds how far it came."""
+    names = ["images.u8", "labels.u8"][: 1 + source.labelled]
+    progress = folder / "progress.json"
+    state = _read_state(progress, made_from)
+    if state is None or not _matches(folder, state):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        state = dict(made_from=made_from, items=0, count=0, skipped=[])
+        state["arrays"] = {name: [0, 0] for name in names}  # bytes and their checksum
+
+    def attempt(item):
+        try:
+            image, labels = source.decode(item)
+        except DamagedImage as error:
+            if source.tolerance == 0:
+                raise
+            return error
+        return crop_and_resize(image, labels, height, width, source.crop, source.nearest)
+
+    def save(path: Path):
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+        write_json(path, state)
+
+    total = len(source.files) // len(names) if len(source.files) > 1 else None
+    items = itertools.islice(source.items(), state["items"], None)
+    bar = tqdm(
+        map_in_order(attempt, items), f"decoding into {folder}", total, initial=state["items"],
+        unit="image", disable=None,
+    )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(folder / name, "ab")) for name in names]
+        saved = time.monotonic()
+        for result in bar:
+            state["items"] += 1
+            if isinstance(result, DamagedImage):
+                state["skipped"].append(str(result))
+            else:
+                state["count"] += 1
+                for file, name, array in zip(files, names, result):
+                    size, crc = state["arrays"][name]
+                    file.write(array.tobytes())
+                    state["arrays"][name] = [size + array.nbytes, zlib.crc32(array.tobytes(), crc)]
+            if time.monotonic() > saved + 5:
+                save(progress)
+                saved = time.monotonic()
+        _check_count(state, source.tolerance)
+        save(folder / "manifest.json")
+    progress.unlink(missing_ok=True)
+    return state
+
+
+def _check_count(state: dict, tolerance: float) -> None:
+    damaged = state["skipped"]
+    if len(damaged) > tolerance * state["items"]:
+        raise ValueError(
+            f"{len(damaged)} of {state['items']} images are damaged, more than one in a hundred: "
+            f"{damaged[0]}"
+        )
+    if damaged:
+        print(f"warning: {len(damaged)} damaged images were skipped: {damaged}", file=sys.stderr)
+    if state["count"] < 3:
+        raise ValueError(f"there are {state['count']} images: three parts need at least 3")
+
+
+def map_in_order(function: Callable, items: Iterable) -> Iterator:
+    """function(item) of each item, in order, by threads on all cores, a few items ahead.
+
+    Pillow and NumPy release Python's lock where they work.
+    """
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 4 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def write_beside(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: write(temporary path), then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save has RuntimeError for a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+
+
+def write_json(path: Path, content) -> None:
+    """Write a JSON file whole or not at all."""
+    write_beside(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))

@@ -833,8 +833,8 @@ def test_each_phase_trains_its_own_parts_with_its_own_optimiser():
         optimizer = train.make_optimizer(model, phase, t)
         train.set_learning_rate(optimizer, phase, 50, t)
         before = {part: [p.clone() for p in m.parameters()] for part, m in parts.items()}
-        loss = train.compute_loss(
-            model, phase, 50, images, background if name == "foreground" else None
+        loss = train.PhaseLoss(model, phase)(
+            50, images, background if name == "foreground" else None
         )
         optimizer.zero_grad()
         loss.backward()
@@ -890,7 +890,7 @@ def test_a_run_leaves_all_that_it_promises(tmp_path, few_images, capsys):
     out = capsys.readouterr().out
     assert "phase 1 of 3" in out and "phase 3 of 3" in out and "mIoU (%)" in out
     train.main(["--evaluate", str(tmp_path)])
-    again = json.loads((tmp_path / "evaluation.json").read_text())
+    again = json.loads((tmp_path / "evaluation-shapes-test.json").read_text())
     assert again == pytest.approx({name: metrics[name] for name in again})
 
 
@@ -927,17 +927,17 @@ def test_a_killed_run_resumes_to_bit_identical_results(
     class Killed(BaseException):
         pass
 
-    loss = train.compute_loss
+    loss = train.PhaseLoss.forward
 
-    def killed(model, p, s, *rest):
-        if (p.name, s) == (phase, step):
+    def killed(self, s, *rest):
+        if (self.phase.name, s) == (phase, step):
             raise Killed
-        return loss(model, p, s, *rest)
+        return loss(self, s, *rest)
 
-    monkeypatch.setattr(train, "compute_loss", killed)
+    monkeypatch.setattr(train.PhaseLoss, "forward", killed)
     with pytest.raises(Killed):
         run_tiny(tmp_path)
-    monkeypatch.setattr(train, "compute_loss", loss)
+    monkeypatch.setattr(train.PhaseLoss, "forward", loss)
     train.main(["--output", str(tmp_path), "--resume", "--log_every", "2", "--evaluate_every", "6"])
     folder, metrics = whole_run
     ours = json.loads((tmp_path / "metrics.json").read_text())
@@ -1025,19 +1025,19 @@ def test_no_entropy_loss_leaves_the_reconstruction_loss():
     model = ASTSeg(Config(**SMALL, entropy_weight=0.0, log_alpha_0=0.0)).eval()
     images, phase = torch.rand(2, 3, 32, 32), train.Phase("joint", 0, 10)
     expected = astseg.reconstruction_loss(images, model(images).reconstruction)
-    assert torch.equal(train.compute_loss(model, phase, 50_000, images, None), expected)
+    assert torch.equal(train.PhaseLoss(model, phase)(50_000, images), expected)
 
 
 def test_a_nan_stops_the_run_with_its_step_and_the_last_checkpoint(
     tmp_path, few_images, monkeypatch
 ):
-    loss = train.compute_loss
+    loss = train.PhaseLoss.forward
 
-    def poisoned(model, phase, step, *rest):
-        value = loss(model, phase, step, *rest)
-        return value * math.nan if (phase.name, step) == ("joint", 9) else value
+    def poisoned(self, step, *rest):
+        value = loss(self, step, *rest)
+        return value * math.nan if (self.phase.name, step) == ("joint", 9) else value
 
-    monkeypatch.setattr(train, "compute_loss", poisoned)
+    monkeypatch.setattr(train.PhaseLoss, "forward", poisoned)
     with pytest.raises(
         FloatingPointError, match=r"not finite at step 10 of phase 3.*checkpoint.pt"
     ):
@@ -1100,13 +1100,15 @@ def run_script(*arguments):
         (["--lr", "0"], "lr is 0.0: it must be above 0"),
         (["--phase2_steps", "99999"], "phase 2 is a part of all steps"),
         (["--warmup", "-1"], "warmup is -1"),
-        (["--train_images", "3"], "one batch needs"),
         (["--generator", "unet", "--pretrained", "x"], "only the segformer has pretrained weights"),
         (["--height", "40", "--width", "48"], "the embedded shapes are drawn on square images"),
         (["--log_every", "0"], "log_every is 0"),
         (["--generator", "vit"], "invalid choice: 'vit'"),
         (["--colour", "blue"], "--colour"),
         (["--dataset", "coco"], "invalid choice: 'coco'"),
+        (["--dataset", "clevr"], "the data set clevr is read from files: name them by --data"),
+        (["--dataset", "clevr", "--data", "/nowhere"], "there is no file or folder /nowhere"),
+        (["--part", "all", "--evaluate", "/nowhere"], "/nowhere/settings.json is missing"),
         (["--resume", "--output", "/nowhere"], "/nowhere/settings.json is missing"),
         (["--evaluate", "/nowhere"], "/nowhere/settings.json is missing: there is no run"),
         (["--segment", "/nowhere"], "--segment needs a run folder and then at least one image"),
@@ -1123,6 +1125,11 @@ def test_impossible_arguments_are_refused_in_a_sentence_before_any_work(argument
 def test_a_refusal_is_one_line_with_a_non_zero_exit(tmp_path):
     result = run_script("--evaluate", str(tmp_path))
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1
+
+
+def test_fewer_images_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="there are 3 training images, and one batch needs 4"):
+        run_tiny(tmp_path, "--train_images", "3")
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path, whole_run):

@@ -1,9 +1,13 @@
 """Train, evaluate and use AST-Seg: the paper's whole curriculum in one plain loop.
 
     python train.py                               the embedded data set, in ten minutes on two cores
-    python train.py --resume                      go on where a killed run stopped
-    python train.py --evaluate runs/shapes        metrics of a trained run
+    python train.py --dataset clevrtex --data DIR a data set of the paper, with the paper's settings
+    python train.py --dataset folder --data DIR --slots 6 --preset small       images of your own
+    python train.py --resume                      go on where an interrupted run stopped
+    python train.py --evaluate runs/shapes        metrics of a trained run, or of several
     python train.py --segment runs/shapes a.png   label map, overlay and objects of your images
+    python train.py --benchmark                   speed and memory of each phase
+    torchrun --nproc_per_node 4 train.py ...      the same on several GPUs
     python train.py --help                        every setting
 
 A run folder holds model/ (loads with ASTSeg.from_pretrained), checkpoint.pt, settings.json,
@@ -12,10 +16,15 @@ log.jsonl, metrics.json, segmentation.png, slots.png and curves.png.
 
 import dataclasses
 import json
+import math
 import os
 import shutil
+import signal
+import statistics
 import sys
 import time
+import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,12 +32,16 @@ from typing import Literal, NamedTuple, Optional
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import astseg
-from astseg import ASTSeg, Config, setting
+from astseg import ASTSeg, Config, Images, setting, write_beside, write_json
 
 # -------------------------------------------------------------------------------------------------
 # Settings
@@ -44,6 +57,9 @@ class Training:
     background_steps: int = setting(500_000, "Steps of phase 1; 2 500 for a fixed background.")
     background_batch: int = setting(128, "Images a step of phase 1.")
     background_lr: float = setting(2e-3, "Learning rate of phase 1.")
+    background_choice: bool = setting(
+        False, "Choose simple or complex by a short phase 1, as [38] does, not by background_kind."
+    )
     steps: int = setting(125_000, "Steps of phases 2 and 3 together.")
     phase2_steps: int = setting(30_000, "Steps of phase 2, with a frozen background.")
     batch: int = setting(64, "Images a step of phases 2 and 3.")
@@ -57,6 +73,7 @@ class Training:
         "", "Backbone weights, a hub name or a folder; the paper's are nvidia/mit-b3."
     )
     bf16: bool = setting(True, "Use bf16 autocast where there is a GPU.")
+    compile: bool = setting(True, "Use torch.compile where there is a GPU.")
     train_images: int = setting(10_000, "Images that the embedded data set draws for training.")
     seed: int = setting(0, "Seed of the weights and of the order of images.")
 
@@ -77,70 +94,188 @@ class Training:
             raise ValueError(f"decay_at is {self.decay_at}: it must be in (0, 1]")
         if self.warmup < 0:
             raise ValueError(f"warmup is {self.warmup}: it cannot be negative")
-        if self.train_images < max(self.batch, self.background_batch):
-            raise ValueError(
-                f"train_images is {self.train_images}: one batch needs "
-                f"{max(self.batch, self.background_batch)}"
-            )
 
 
 @dataclass(frozen=True)
 class Run:
     """What to do, and where."""
 
-    dataset: Literal["shapes"] = setting("shapes", "Data set: shapes is drawn by the program.")
+    dataset: Literal[("shapes", *astseg.DATASETS)] = setting(
+        "shapes", "Data set: shapes is drawn by the program, folder takes any images."
+    )
+    data: str = setting("", "Folder or file of the data set.")
+    masks: str = setting("", "Folder of label maps, of the same names as the images of a folder.")
+    cache: str = setting("cache", "Where a data set's arrays are kept, once it is decoded.")
+    preset: Literal["", "shapes", "small", "paper"] = setting(
+        "", "Settings to start from: by default shapes for shapes, paper for all else."
+    )
+    part: Literal["test", "val", "train", "all"] = setting("test", "Part that --evaluate takes.")
     output: str = setting("", "Run folder; by default runs/<dataset>.")
     resume: bool = setting(False, "Go on from the run folder's last checkpoint.")
-    evaluate: str = setting("", "Evaluate this run folder and stop.")
-    segment: Optional[list[str]] = dataclasses.field(
-        default=None, metadata={"help": "A run folder, then images to segment with its model."}
+    evaluate: Optional[list[str]] = setting(None, "Evaluate these run folders and stop.")
+    segment: Optional[list[str]] = setting(
+        None, "A run folder, then images to segment with its model."
     )
+    benchmark: int = setting(0, "Time each phase over so many steps and stop; 200 is plenty.")
     log_every: int = setting(100, "Steps between lines of losses.")
-    evaluate_every: int = setting(500, "Steps between evaluations on the validation images.")
+    evaluate_every: int = setting(500, "Steps between evaluations on validation images.")
+    evaluate_images: int = setting(200, "How many of those images at most.")
     checkpoint_every: int = setting(500, "Steps between checkpoints.")
 
     def __post_init__(self):
-        for name in ("log_every", "evaluate_every", "checkpoint_every"):
+        for name in ("log_every", "evaluate_every", "evaluate_images", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.dataset != "shapes" and not self.data and not self.resume and not self.segment:
+            raise ValueError(f"the data set {self.dataset} is read from files: name them by --data")
 
 
-# Settings of a data set that differ from the paper's for CLEVRTEX.
+# Two CPU cores: small sizes and short schedules, every component. The README says what each
+# departure from the paper is for.
+SMALL = dict(
+    height=64, width=64, anisotropic=False, backbone="tiny", dropout=0.0,
+    dim_transformer=128, dim_feedforward=256, transformer_layers=2,
+    refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
+    scale_max=16.0, log_alpha_0=5.0, entropy_weight=0.01, entropy_warmup=4000,
+    background_kind="simple", background_width=0.25,
+    background_steps=1500, background_batch=16, background_lr=5e-4,
+    steps=24_000, phase2_steps=20_000, batch=32, lr=1e-3, warmup=500, decay_at=0.8,
+)  # fmt: skip
 PRESETS = {
-    # Two CPU cores, ten minutes: small sizes and short schedules, every component. The README says
-    # what each departure from the paper is for.
-    "shapes": dict(
-        height=48, width=48, slots=4, anisotropic=False, backbone="tiny", dropout=0.0,
-        dim_transformer=128, dim_feedforward=256, transformer_layers=2,
-        refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
-        scale_max=6.0, log_alpha_0=4.5, entropy_weight=0.03, entropy_warmup=1000,
-        background_kind="simple", background_width=0.25,
-        background_steps=1500, background_batch=8, background_lr=5e-4,
-        steps=3800, phase2_steps=3000, batch=32, lr=1e-3, warmup=100, decay_at=0.75,
-        train_images=8000,
-    ),
+    "small": SMALL,
+    "shapes": {
+        **SMALL, **dict(
+            height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5,
+            entropy_weight=0.03, entropy_warmup=1000, background_batch=8,
+            steps=3800, phase2_steps=3000, warmup=100, decay_at=0.75, train_images=8000,
+        ),
+    },
 }  # fmt: skip
 
 
+def preset(run: Run) -> dict:
+    """The settings that a run starts from, before its flags."""
+    name = run.preset or ("shapes" if run.dataset == "shapes" else "paper")
+    if name != "paper":
+        return PRESETS[name]
+    # The variants of CLEVRTEX and ObjectsRoom have the settings of the data set itself.
+    family = "clevrtex" if run.dataset in astseg.CLEVRTEX_VARIANTS else run.dataset
+    family = (
+        "objectsroom" if run.dataset in ("six_objects", "identical_color", "empty_room") else family
+    )
+    phase1 = dict(background_steps=2500) if family == "clevr" else {}
+    return {**astseg.PAPER_SETTINGS.get(family, {}), **phase1}
+
+
 # -------------------------------------------------------------------------------------------------
-# Data: uint8 tensors on the device, so that the loop never waits for a decoder
+# Several processes, started by torchrun; with one, all of this does nothing
 
 
-def load_data(dataset: str, part: str, config: Config, training: Training) -> astseg.Images:
-    """The images of one part of a data set ("train", "val" or "test")."""
-    count, seed = {"train": (training.train_images, 1), "val": (200, 2), "test": (500, 3)}[part]
-    return astseg.draw_shapes(count, seed, config.height)
+def world() -> tuple[int, int]:
+    """Rank of this process and number of processes: (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def start_processes() -> None:
+    """Join the processes that torchrun started; only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def summed(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes."""
+    if world()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def first_process_first():
+    """Let the first process do what the others then find done (a cache, a folder)."""
+    if world()[0] > 0:
+        dist.barrier()
+    yield
+    if world()[1] > 1 and world()[0] == 0:
+        dist.barrier()
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the batches of all processes (PyTorch's own one needs a GPU)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or world()[1] == 1:
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce  # its gradient is summed as well
+
+        x32, ranks = x.float(), world()[1]
+        mean = all_reduce(x32.mean((0, 2, 3))) / ranks
+        centered = x32 - mean[:, None, None]
+        variance = all_reduce(centered.square().mean((0, 2, 3))) / ranks
+        with torch.no_grad():
+            count = ranks * x.numel() / x.shape[1]
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = SynchronisedBatchNorm
+
+
+# -------------------------------------------------------------------------------------------------
+# Data: bytes on the GPU where they fit, else mapped into memory, so that the loop never waits for a
+# decoder
+
+
+def load_data(part: str, config: Config, training: Training, run: Run) -> Images:
+    """The images of one part of a data set ("train", "val" or "test"; files also have "all")."""
+    if run.dataset == "shapes":
+        sizes = {"train": (training.train_images, 1), "val": (200, 2), "test": (500, 3)}
+        if part not in sizes:
+            raise ValueError(f"the embedded data set has no part {part!r}: use train, val or test")
+        return astseg.draw_shapes(*sizes[part], config.height)
+    return load_parts(run.dataset, run.data, run.masks, run.cache, config.size)[part]
 
 
 @lru_cache(maxsize=1)
-def permutation(count: int, seed: int) -> torch.Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+def load_parts(dataset: str, data: str, masks: str, cache: str, size: tuple) -> dict[str, Images]:
+    source = astseg.open_source(dataset, Path(data), Path(masks) if masks else None)
+    where = zlib.crc32(f"{Path(data).resolve()} {masks and Path(masks).resolve()}".encode())
+    folder = Path(cache) / f"{dataset}-{size[0]}x{size[1]}-{where:08x}"
+    with first_process_first():
+        return astseg.cached_parts(source, folder, *size)
 
 
-def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
-    """Indices (batch,) of a step: epochs in random order, a function of the step alone."""
+def on_device(images: torch.Tensor) -> torch.Tensor:
+    """Images on the GPU, if they and their backgrounds fit into half of its free memory."""
+    if torch.cuda.is_available() and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
+        return images.to("cuda")
+    return images
+
+
+@lru_cache(maxsize=1)
+def permutation(count: int, seed: int, device: torch.device) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def batch_indices(step: int, batch: int, count: int, seed: int, device="cpu") -> torch.Tensor:
+    """Indices of a step, epochs in random order, a function of the step alone: (batch,).
+
+    Several processes share a batch; each gets its own part of the indices.
+    """
+    rank, ranks = world()
     epoch, position = divmod(step, count // batch)
-    return permutation(count, seed * 100_003 + epoch)[position * batch : (position + 1) * batch]
+    order = permutation(count, seed * 100_003 + epoch, torch.device(device))
+    return order[position * batch + rank : (position + 1) * batch : ranks]
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -148,13 +283,27 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 255
 
 
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 @torch.no_grad()
-def memorise_backgrounds(model: ASTSeg, images: torch.Tensor) -> torch.Tensor:
-    """Backgrounds of all images by the frozen autoencoder, computed once: (N, 3, H, W) uint8."""
+def memorise_backgrounds(
+    model: ASTSeg, images: torch.Tensor, path: Optional[Path] = None
+) -> torch.Tensor:
+    """Backgrounds of all images by the frozen autoencoder, computed once: (N, 3, H, W) uint8.
+
+    They are kept where the images are, or in the file `path`.
+    """
     model.eval()
-    parts = [model.background(to_float(part))[0] for part in images.split(100)]
-    # open: memorised at 8 bits a channel, rounded
-    return torch.cat([(part * 255).round().to(torch.uint8) for part in parts])
+    memory = torch.empty_like(images)
+    if path is not None:
+        memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8)
+        memory = memory.view(images.shape)
+    for part, target in zip(images.split(100), memory.split(100)):
+        # open: memorised at 8 bits a channel, rounded
+        target.copy_((model.background(to_float(part.to(device_of(model))))[0] * 255).round())
+    return memory
 
 
 # -------------------------------------------------------------------------------------------------
@@ -182,10 +331,12 @@ def curriculum(training: Training) -> list[Phase]:
 
 
 def make_optimizer(model: ASTSeg, phase: Phase, training: Training) -> torch.optim.Optimizer:
-    fused = dict(fused=True)
+    """The optimiser of a phase; only what the phase trains has gradients from here on."""
+    model.requires_grad_(phase.name == "joint")
     if phase.name == "background":
+        model.background.requires_grad_(True)
         # open: AdamW with its default betas and no weight decay in phase 1
-        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, **fused)
+        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, fused=True)
     parts = [
         (model.generator, 1.0),
         (model.encoder, training.refinement_lr_factor),  # all its parameters are the refinement's
@@ -193,10 +344,13 @@ def make_optimizer(model: ASTSeg, phase: Phase, training: Training) -> torch.opt
     ]
     if phase.name == "joint":
         parts.append((model.background, 1.0))
-    groups = [dict(params=list(part.parameters()), factor=factor) for part, factor in parts]
+    groups = []
+    for part, factor in parts:
+        part.requires_grad_(True)
+        groups.append(dict(params=list(part.parameters()), factor=factor))
     groups = [group for group in groups if group["params"]]  # there may be no refinement
     # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
-    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, **fused)
+    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def set_learning_rate(optimizer, phase: Phase, step: int, training: Training) -> float:
@@ -212,12 +366,23 @@ def set_learning_rate(optimizer, phase: Phase, step: int, training: Training) ->
     return lr
 
 
-def compute_loss(model, phase: Phase, step: int, images, background) -> torch.Tensor:
-    if phase.name == "background":
-        return astseg.robust_background_loss(images, *model.background(images))
-    output = model(images, background)
-    c = model.config
-    return astseg.full_loss(images, output, step, c.entropy_weight, c.entropy_warmup)
+class PhaseLoss(nn.Module):
+    """The loss of a phase, as a module that DistributedDataParallel can wrap."""
+
+    def __init__(self, model: ASTSeg, phase: Phase, compile: bool = False):
+        super().__init__()
+        self.phase, self.config = phase, model.config
+        network = model.background if phase.name == "background" else model
+        # Evaluation, with batches of other sizes, calls the model itself: nothing is recompiled.
+        self.network = torch.compile(network) if compile else network
+
+    def forward(self, step: int, images: torch.Tensor, background: Optional[torch.Tensor] = None):
+        """Step, images (B, 3, H, W) and their memorised backgrounds in phase 2 -> ()."""
+        if self.phase.name == "background":
+            return astseg.robust_background_loss(images, *self.network(images))
+        output = self.network(images, background)
+        c = self.config
+        return astseg.full_loss(images, output, step, c.entropy_weight, c.entropy_warmup)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -234,23 +399,6 @@ class Progress:
     seconds: float = 0.0  # spent so far
     started: float = 0.0  # when this run would have started, had it not been interrupted
     history: list = dataclasses.field(default_factory=list)  # lines of log.jsonl
-
-
-def write_beside(path: Path, write) -> None:
-    """Write a file whole or not at all: write(temporary path), then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save has RuntimeError for a full disk
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-
-
-def write_json(path: Path, content) -> None:
-    write_beside(path, lambda p: p.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def save_checkpoint(folder: Path, model: ASTSeg, optimizer, progress: Progress) -> None:
@@ -298,48 +446,50 @@ def raise_not_finite(folder: Path, progress: Progress):
 # -------------------------------------------------------------------------------------------------
 # Evaluation (section 5.1)
 
-
-@torch.no_grad()
-def evaluate(model: ASTSeg, data: astseg.Images) -> dict[str, float]:
-    """Metrics and signs of health, each the mean over the images."""
-    model.eval()
-    slots, rows = model.config.slots, []
-    device = next(model.parameters()).device
-    for images, target in zip(data.images.split(50), data.labels.long().split(50)):
-        images = to_float(images.to(device))
-        output = model(images)
-        labels = output.weights.argmax(1)
-        target = target.to(device)
-        iou, iou_foreground = astseg.mean_iou(target, labels, slots)
-        rows.append(
-            {
-                "mIoU": iou,
-                "mIoU-FG": iou_foreground,
-                "ARI-FG": astseg.adjusted_rand_index(target, labels, slots),
-                "MSC-FG": astseg.segmentation_covering(target, labels, slots),
-                "MSE": astseg.squared_error(images, output.reconstruction),
-                "foreground": (labels > 0).float().mean((1, 2)),
-                "active": sum((labels == k).any(2).any(1).float() for k in range(1, slots + 1)),
-                "clamped": (output.position.abs() == 1).any(2).float().mean(1),
-            }
-        )
-    return {
-        name: torch.cat([row[name].double().cpu() for row in rows]).mean().item()
-        for name in rows[0]
-    }
-
-
 METRICS = ("mIoU", "mIoU-FG", "ARI-FG", "MSC-FG", "MSE")
 
 
-def table_row(name: str, metrics: dict) -> str:
-    """A row as in Table 1."""
-    head = f"{'Model':24}{'mIoU (%)':>10}{'mIoU-FG':>10}{'ARI-FG (%)':>12}{'MSC-FG':>9}{'MSE':>8}"
-    scores = [100 * metrics[m] for m in METRICS[:4]]
-    return head + "\n{:24}{:10.2f}{:10.2f}{:12.2f}{:9.2f}{:8.1f}".format(
-        name, *scores, metrics["MSE"]
-    )
+@torch.no_grad()
+def evaluate(model: ASTSeg, data: Images) -> dict[str, float]:
+    """Metrics and signs of health, each the mean over the images.
 
+    Without label maps MSE is the only metric. Several processes share the images.
+    """
+    model.eval()
+    (rank, ranks), slots, device = world(), model.config.slots, device_of(model)
+    names = ("MSE", "foreground", "active", "clamped", *METRICS[:4])
+    names = names if data.labels is not None else names[:4]
+    scores = torch.zeros(len(names), len(data.images), dtype=torch.float64)
+    for start in range(50 * rank, len(data.images), 50 * ranks):
+        part = slice(start, start + 50)
+        images = to_float(data.images[part].to(device))
+        output = model(images)
+        labels = output.weights.argmax(1)
+        rows = [
+            astseg.squared_error(images, output.reconstruction),
+            (labels > 0).float().mean((1, 2)),
+            sum((labels == k).any(2).any(1) * 1.0 for k in range(1, slots + 1)),
+            (output.position.abs() == 1).any(2).float().mean(1),
+        ]
+        if data.labels is not None:
+            target = data.labels[part].to(device).long()
+            rows += astseg.mean_iou(target, labels, slots)
+            rows.append(astseg.adjusted_rand_index(target, labels, slots))
+            rows.append(astseg.segmentation_covering(target, labels, slots))
+        scores[:, part] = torch.stack([row.double().cpu() for row in rows])
+    scores = summed(scores.to(device if ranks > 1 else "cpu"))
+    return dict(zip(names, scores.mean(1).tolist()))
+
+
+def table_row(name: str, metrics: dict) -> str:
+    """A row as in Table 1, with a dash for what is not known."""
+    cells = [f"{100 * metrics[m]:.2f}" if m in metrics else "-" for m in METRICS[:4]]
+    return "{:24}{:>10}{:>10}{:>12}{:>9}{:8.1f}".format(name, *cells, metrics["MSE"])
+
+
+TABLE_HEAD = "{:24}{:>10}{:>10}{:>12}{:>9}{:>8}".format(
+    "Model", "mIoU (%)", "mIoU-FG", "ARI-FG (%)", "MSC-FG", "MSE"
+)
 
 # -------------------------------------------------------------------------------------------------
 # Training
@@ -349,109 +499,210 @@ class Job(NamedTuple):
     """What all phases of a run share."""
 
     model: ASTSeg
-    images: torch.Tensor  # (N, 3, H, W), uint8, on the model's device
-    validation: astseg.Images
+    images: torch.Tensor  # (N, 3, H, W), uint8, on the GPU or mapped into memory
+    validation: Images
     training: Training
     run: Run
     folder: Path
     progress: Progress
 
 
-def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
-    """The whole curriculum, from random weights or from a checkpoint."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def make_job(config: Config, training: Training, run: Run, folder: Path, progress: Progress) -> Job:
+    """Data and a model of random (or pretrained) weights, on the device."""
     torch.manual_seed(training.seed)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    images = load_data("train", config, training, run).images
+    ranks, largest = world()[1], max(training.batch, training.background_batch)
+    if len(images) < largest:
+        raise ValueError(
+            f"there are {len(images)} training images, and one batch needs {largest}: "
+            "lower --batch and --background_batch"
+        )
+    if training.batch % ranks or training.background_batch % ranks:
+        raise ValueError(
+            f"batch is {training.batch} and background_batch {training.background_batch}: "
+            f"the {ranks} processes must divide both"
+        )
+    validation = load_data("val", config, training, run)
+    validation = Images(*(x if x is None else x[: run.evaluate_images] for x in validation))
+    model = ASTSeg(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    synchronise_batch_norm(model)
+    if training.pretrained and not run.resume:
+        model.generator.load_backbone(training.pretrained)
+    return Job(model, on_device(images), validation, training, run, folder, progress)
+
+
+def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
+    """The whole curriculum, from the start or from a checkpoint."""
     started = time.time()
     state = load_checkpoint(folder) if run.resume else None
     settings = flat_settings(config, training, run)
     progress = Progress(**state["progress"]) if state else Progress(settings)
     check_same_settings(folder, progress.settings, settings)
     progress.started = started - progress.seconds
-    images = load_data(run.dataset, "train", config, training).images.to(device)
-    validation = load_data(run.dataset, "val", config, training)
-    model = ASTSeg(config)
+    job = make_job(config, training, run, folder, progress)
     if state:
-        model.load_state_dict(state["model"])
-    elif training.pretrained:
-        model.generator.load_backbone(training.pretrained)
-    job = Job(model.to(device), images, validation, training, run, folder, progress)
+        job.model.load_state_dict(state["model"])
+    # A set that is mapped from a file has its backgrounds in one as well.
+    in_memory = run.dataset == "shapes" or job.images.is_cuda
+    memory = None if in_memory else folder / f"backgrounds.{world()[0]}.u8"
 
     phases = curriculum(training)
     for number, phase in enumerate(phases[progress.phase :], progress.phase):
-        backgrounds = memorise_backgrounds(model, images) if phase.name == "foreground" else None
-        optimizer = make_optimizer(model, phase, training)
+        backgrounds = None
+        if phase.name == "foreground":
+            backgrounds = memorise_backgrounds(job.model, job.images, memory)
+        optimizer = make_optimizer(job.model, phase, training)
         if state:
             optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"])
-            if device.type == "cuda" and state["random_cuda"] is not None:
-                torch.cuda.set_rng_state(state["random_cuda"])
+            restore_random_state(state)
             state = None
         else:
             progress.phase, progress.step = number, phase.start
         title = f"phase {number + 1} of {len(phases)}, {PHASE_TITLES[phase.name]}"
         print(f"\n{title}: steps {progress.step} to {phase.stop}\n{LINE_HEAD}")
-        run_phase(job, phase, optimizer, backgrounds)
+        with memory_explained(phase, training):
+            run_phase(job, phase, optimizer, backgrounds)
+        if backgrounds is not None and memory is not None:
+            memory.unlink()
     return job
+
+
+def restore_random_state(state: dict) -> None:
+    if world()[0] > 0:  # the checkpoint is the first process's; another one draws other dropouts
+        return
+    torch.set_rng_state(state["random"])
+    if torch.cuda.is_available() and state["random_cuda"] is not None:
+        torch.cuda.set_rng_state(state["random_cuda"])
+
+
+def batch_size(phase: Phase, training: Training) -> int:
+    return training.background_batch if phase.name == "background" else training.batch
+
+
+def load_batch(job: Job, phase: Phase, step: int, backgrounds: Optional[torch.Tensor]):
+    """Images of a step and, in phase 2, their backgrounds: (B, 3, H, W) floats, on the device."""
+    batch, device = batch_size(phase, job.training), device_of(job.model)
+    index = batch_indices(step, batch, len(job.images), job.training.seed, job.images.device)
+    images = to_float(job.images[index].to(device, non_blocking=True))
+    if backgrounds is None:
+        return images, None
+    return images, to_float(backgrounds[index].to(device, non_blocking=True))
+
+
+def make_step(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Tensor]):
+    """The function that does one step of a phase: step -> loss (), still on the device."""
+    training, device = job.training, device_of(job.model)
+    bf16 = training.bf16 and device.type == "cuda"
+    network = PhaseLoss(job.model, phase, training.compile and device.type == "cuda")
+    if world()[1] > 1:
+        network = DistributedDataParallel(network, broadcast_buffers=False)
+
+    def do_step(step: int) -> torch.Tensor:
+        images, background = load_batch(job, phase, step, backgrounds)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = network(step, images, background)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return do_step
 
 
 def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Tensor]) -> None:
     """The loop. It waits for the device only where it logs, evaluates or saves."""
-    model, images, _, training, run, folder, progress = job
-    batch = training.background_batch if phase.name == "background" else training.batch
-    bf16 = training.bf16 and images.is_cuda
-    total, since, clock = torch.zeros((), device=images.device), progress.step, time.time()
-    model.train()
+    model, _, _, training, run, folder, progress = job
+    batch = batch_size(phase, training)
+    do_step = make_step(job, phase, optimizer, backgrounds)
+    total, since, clock = 0.0, progress.step, time.time()
+    first = world()[0] == 0
     bar = tqdm(
         range(progress.step, phase.stop), phase.name, initial=progress.step, total=phase.stop,
-        unit="step", disable=None, leave=False,
+        unit="step", disable=None if first else True, leave=False,
     )  # fmt: skip
+    model.train()
     for step in bar:
         lr = set_learning_rate(optimizer, phase, step, training)
-        index = batch_indices(step, batch, len(images), training.seed).to(
-            images.device, non_blocking=True
-        )
-        background = None if backgrounds is None else to_float(backgrounds[index])
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            loss = compute_loss(model, phase, step, to_float(images[index]), background)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        total += loss.detach()
+        total = total + do_step(step)
 
         progress.step = step + 1
         last = progress.step == phase.stop
         judge = phase.name != "background" and progress.step % run.evaluate_every == 0
         log = last or judge or progress.step % run.log_every == 0
         save = last or progress.step % run.checkpoint_every == 0
-        if (log or save) and not torch.isfinite(total):
-            raise_not_finite(folder, progress)
+        stop = asked_to_stop(log or save, device_of(model))
+        if log or save or stop:
+            mean = summed(total / world()[1]).item() / (progress.step - since)
+            if not math.isfinite(mean):
+                raise_not_finite(folder, progress)
         if log:
-            steps, seconds = progress.step - since, max(time.time() - clock, 1e-9)
-            line = log_line(
-                job, phase, lr, total.item() / steps, batch * steps / seconds, judge or last
-            )
+            speed = batch * (progress.step - since) / max(time.time() - clock, 1e-9)
+            line = log_line(job, phase, lr, mean, speed, judge or last)
+            model.train()
             bar.write(format_line(line), file=sys.stdout)
             sys.stdout.flush()
-            warn_of_known_failures(line, last)
-            total.zero_()
-            since, clock = progress.step, time.time()
-        if save:
+            if first:
+                warn_of_known_failures(line, last)
+            total, since, clock = 0.0, progress.step, time.time()
+        if (save or stop) and first:
             progress.seconds = time.time() - progress.started
             write_log(folder, progress)
             save_checkpoint(folder, model, optimizer, progress)
+        if stop:
+            raise KeyboardInterrupt
+
+
+SIGNALS = []  # those that arrived while training
+
+
+@contextmanager
+def signals_kept():
+    """Within it SIGINT and SIGTERM are noted, so that the loop saves and ends after its step."""
+
+    def note(number, _):
+        SIGNALS.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        SIGNALS.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def asked_to_stop(in_step: bool, device) -> bool:
+    """Whether a signal arrived; several processes compare notes only where they wait anyway."""
+    if world()[1] == 1:
+        return bool(SIGNALS)
+    return in_step and bool(summed(torch.tensor(len(SIGNALS)).to(device)).item())
+
+
+@contextmanager
+def memory_explained(phase: Phase, training: Training):
+    """Say which setting to lower where the memory does not suffice."""
+    try:
+        yield
+    except RuntimeError as error:  # CUDA's OutOfMemoryError is one; the CPU has no other
+        if "memory" not in str(error):
+            raise
+        flag = "background_batch" if phase.name == "background" else "batch"
+        raise MemoryError(
+            f"out of memory in the {phase.name} phase with --{flag} {batch_size(phase, training)}: "
+            f"lower --{flag}, or the image size, and go on with --resume or start again"
+        ) from error
 
 
 def log_line(job: Job, phase: Phase, lr, loss, images_per_second, judge: bool) -> dict:
     """One entry of log.jsonl, at intervals with the validation metrics."""
-    step = job.progress.step
     line = dict(
-        phase=job.progress.phase + 1, name=phase.name, step=step, lr=lr, loss=loss,
+        phase=job.progress.phase + 1, name=phase.name, step=job.progress.step, lr=lr, loss=loss,
         alpha_0=job.model.renderer.alpha_0.mean().item(), images_per_second=images_per_second,
     )  # fmt: skip
     if judge and phase.name != "background":
         line.update(evaluate(job.model, job.validation))
-        job.model.train()
     job.progress.history.append(line)
     return line
 
@@ -504,14 +755,14 @@ def warn_of_known_failures(line: dict, last: bool) -> None:
 # Results: metrics.json and pictures
 
 
-def write_results(model: ASTSeg, test: astseg.Images, folder: Path, **facts) -> dict:
-    """Evaluate on the test part and write metrics.json and the pictures; returns the metrics."""
-    metrics = {name: value for name, value in evaluate(model, test).items() if name in METRICS}
-    metrics.update(images=len(test.images), **facts)
+def write_results(job: Job, test: Images, metrics: dict) -> None:
+    """The model, metrics.json and the pictures of a run."""
+    model, folder = job.model, job.folder
+    save_model(model, folder)
     write_json(folder / "metrics.json", metrics)
     draw_segmentation(model, test, folder / "segmentation.png")
     draw_slots(model, test, folder / "slots.png")
-    return metrics
+    draw_curves(job.progress.history, folder / "curves.png")
 
 
 def label_colors(count: int) -> np.ndarray:
@@ -545,9 +796,9 @@ def save_figure(figure, path: Path) -> None:
 
 
 @torch.no_grad()
-def predict(model: ASTSeg, data: astseg.Images, count: int) -> tuple[torch.Tensor, astseg.Output]:
+def predict(model: ASTSeg, data: Images, count: int) -> tuple[torch.Tensor, astseg.Output]:
     """The first images of a data set, on the model's device, and what the model says of them."""
-    images = to_float(data.images[:count].to(next(model.parameters()).device))
+    images = to_float(data.images[:count].to(device_of(model)))
     return images, model.eval()(images)
 
 
@@ -555,13 +806,13 @@ def channels_last(images: torch.Tensor) -> np.ndarray:
     return images.movedim(-3, -1).cpu().numpy()
 
 
-def draw_segmentation(model: ASTSeg, data: astseg.Images, path: Path, count: int = 10) -> None:
+def draw_segmentation(model: ASTSeg, data: Images, path: Path, count: int = 10) -> None:
     """Input, ground truth, segmentation, reconstruction and background, as in Figure 2."""
     images, output = predict(model, data, count)
-    colors = label_colors(max(model.config.slots, int(data.labels.max())) + 1)
-    rows = {
-        "input": channels_last(images),
-        "ground truth": colors[data.labels[:count].numpy()],
+    colors, rows = label_colors(256), {"input": channels_last(images)}
+    if data.labels is not None:
+        rows["ground truth"] = colors[data.labels[:count].numpy()]
+    rows |= {
         "segmentation": colors[output.weights.argmax(1).cpu().numpy()],
         "reconstruction": channels_last(output.reconstruction),
         "background": channels_last(output.background),
@@ -574,7 +825,7 @@ def draw_segmentation(model: ASTSeg, data: astseg.Images, path: Path, count: int
     save_figure(figure, path)
 
 
-def draw_slots(model: ASTSeg, data: astseg.Images, path: Path, count: int = 3) -> None:
+def draw_slots(model: ASTSeg, data: Images, path: Path, count: int = 3) -> None:
     """For each slot of some images: attention map with its soft-argmax point, glimpse, layer."""
     images, output = predict(model, data, count)
     slots, (height, width) = model.config.slots, output.attention.shape[-2:]
@@ -660,15 +911,6 @@ def save_model(model: ASTSeg, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_image(path: Path) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
-    except (OSError, ValueError) as error:
-        raise OSError(f"cannot read {path} as an image ({error})") from error
-
-
 def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
     """Write <stem>_labels.png, <stem>_overlay.png and <stem>_objects.json for each image.
 
@@ -679,7 +921,9 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
     if repeated:
         raise ValueError(f"two images are named {repeated[0]}: their results would collide")
-    pictures = [read_image(path) for path in paths]  # all are read before anything is written
+    pictures = [
+        astseg.read_image(path) for path in paths
+    ]  # all are read before anything is written
     output.mkdir(parents=True, exist_ok=True)
     height, width = model.config.size
     for path, picture in zip(paths, pictures):
@@ -691,7 +935,7 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
         small = picture.resize((width, height), Image.Resampling.BILINEAR, box)
         pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
         with torch.no_grad():
-            prediction = model(to_float(pixels.to(next(model.parameters()).device)))
+            prediction = model(to_float(pixels.to(device_of(model))))
         labels = prediction.weights[0].argmax(0).byte().cpu().numpy()
         box = [round(side) for side in box]
         crop = Image.fromarray(labels).resize((box[2] - box[0], box[3] - box[1]), Image.NEAREST)
@@ -743,17 +987,90 @@ def save_segmentation(output: Path, stem: str, picture, labels, objects, slots: 
 
 
 # -------------------------------------------------------------------------------------------------
+# Before training: which background, how fast
+
+
+def choose_background(config: Config, training: Training, run: Run, folder: Path) -> Config:
+    """Simple or complex, by whether the backgrounds of a short phase 1 differ ([38])."""
+    # open: that short phase is 2 500 steps (or all there are) of the complex autoencoder
+    config = dataclasses.replace(config, background_kind="complex")
+    job = make_job(config, training, run, folder, Progress({}))
+    phase = Phase("background", 0, min(2500, training.background_steps))
+    optimizer = make_optimizer(job.model, phase, training)
+    do_step = make_step(job, phase, optimizer, None)
+    for step in tqdm(range(phase.stop), "choosing the background", disable=None, leave=False):
+        set_learning_rate(optimizer, phase, step, training)
+        do_step(step)
+    backgrounds = memorise_backgrounds(job.model, job.images[:1000].clone())
+    complexity = astseg.background_complexity(to_float(backgrounds))
+    kind = "complex" if complexity > 0.24 else "simple"
+    print(f"the complexity of the background is {complexity:.3f}: {kind} (complex above 0.24)")
+    return dataclasses.replace(config, background_kind=kind)
+
+
+def benchmark(config: Config, training: Training, run: Run) -> None:
+    """Print speed, memory and arithmetic of each phase, and how long the curriculum would take."""
+    job = make_job(config, training, run, Path(), Progress({}))
+    device, hours = device_of(job.model), 0.0
+
+    def timed(function, start: int) -> float:
+        """Median seconds of a call, in blocks of 10: the device is waited for only between them."""
+        blocks = []
+        for block in range(start, start + max(10, run.benchmark), 10):
+            clock = time.perf_counter()
+            for step in range(block, block + 10):
+                function(step)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            blocks.append((time.perf_counter() - clock) / 10)
+        return statistics.median(blocks)
+
+    print(f"{config.height}x{config.width}, K = {config.slots}, {config.generator}, {device}")
+    print("phase        steps/s  images/s  Gflop/step  Gflop/s  data  peak memory     hours")
+    for phase in curriculum(training):
+        batch, backgrounds = batch_size(phase, training), None
+        if phase.name == "foreground":
+            backgrounds = memorise_backgrounds(job.model, job.images)
+        optimizer = make_optimizer(job.model, phase, training)
+        set_learning_rate(optimizer, phase, phase.start, training)
+        eager = job._replace(training=dataclasses.replace(training, compile=False))
+        with FlopCounterMode(display=False) as counter:
+            make_step(eager, phase, optimizer, backgrounds)(0)
+        work = counter.get_total_flops() / 1e9
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        do_step = make_step(job, phase, optimizer, backgrounds)
+        for step in range(10):  # warm up: compilation, choice of algorithms
+            do_step(step)
+        seconds = timed(do_step, 10)
+        loading = timed(lambda step: load_batch(job, phase, step, backgrounds), 10)
+        memory = "-"
+        if device.type == "cuda":
+            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        hours += (phase.stop - phase.start) * seconds / 3600
+        print(
+            f"{phase.name:10} {1 / seconds:9.2f} {batch / seconds:9.0f} {work:11.0f} "
+            f"{work / seconds:8.0f} {loading / seconds:5.1%} {memory:>12} "
+            f"{(phase.stop - phase.start) * seconds / 3600:9.2f}"
+        )
+    print(f"the whole curriculum: {hours:.2f} hours")
+
+
+# -------------------------------------------------------------------------------------------------
 # Command line
 
 
-def parse_arguments(arguments: Optional[list[str]] = None) -> tuple[Config, Training, Run]:
-    """Flags made from the dataclasses. Defaults: the data set's, or a resumed run's own."""
-    parser = HfArgumentParser([Run, Config, Training], description=__doc__.splitlines()[0])
-    parser.set_defaults(**PRESETS[Run.dataset])
-    run, _ = parser.parse_known_args(arguments)
-    parser.set_defaults(**PRESETS[run.dataset])
-    if run.resume or run.evaluate:
-        parser.set_defaults(**read_settings(Path(run.evaluate or run_folder(run))))
+def parse_arguments(
+    arguments: Optional[list[str]] = None, folder: Optional[Path] = None
+) -> tuple[Config, Training, Run]:
+    """Flags made from the dataclasses. Defaults: a preset's, or those of a run folder."""
+    run, _ = HfArgumentParser(Run, add_help=False, allow_abbrev=False).parse_known_args(arguments)
+    if folder is None and (run.evaluate or run.resume):
+        folder = Path(run.evaluate[0]) if run.evaluate else run_folder(run)
+    parser = HfArgumentParser(
+        [Run, Config, Training], description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.set_defaults(**(read_settings(folder) if folder else preset(run)))
     run, config, training = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     if run.dataset == "shapes" and config.height != config.width:
         raise ValueError(
@@ -784,58 +1101,88 @@ def read_settings(folder: Path) -> dict:
 
 
 def flat_settings(config: Config, training: Training, run: Run) -> dict:
-    return {**dataclasses.asdict(config), **dataclasses.asdict(training), "dataset": run.dataset}
+    source = {name: getattr(run, name) for name in ("dataset", "data", "masks", "cache")}
+    return {**dataclasses.asdict(config), **dataclasses.asdict(training), **source}
 
 
 def check_same_settings(folder: Path, stored: dict, settings: dict) -> None:
-    """A resumed run keeps its settings: name the first that differs."""
+    """A resumed run keeps its settings: name the first that differs. Its files may have moved."""
     for name, value in stored.items():
-        if settings.get(name) != value:
+        if name not in ("data", "masks", "cache") and settings.get(name) != value:
             raise ValueError(
                 f"the run in {folder} was started with {name} = {value}, not "
                 f"{settings.get(name)}: leave the flag out, or train into another --output"
             )
 
 
+def evaluate_runs(folders: list[str], arguments: Optional[list[str]]) -> None:
+    """A row of metrics for each run and, for several, their mean and standard deviation."""
+    rows = []
+    for folder in map(Path, folders):
+        config, training, run = parse_arguments(arguments, folder)
+        model = load_model(folder)
+        data = load_data(run.part, config, training, run)
+        if data.labels is None or not len(data.images):
+            what = "label maps, which metrics need: name their folder by --masks"
+            raise ValueError(
+                f"{run.data} has no {what if len(data.images) else run.part + ' part'}"
+            )
+        metrics = evaluate(model, data)
+        rows.append({name: metrics[name] for name in METRICS})
+        if world()[0] == 0:
+            write_json(folder / f"evaluation-{run.dataset}-{run.part}.json", rows[-1])
+        print((TABLE_HEAD + "\n" if len(rows) == 1 else "") + table_row(folder.name, rows[-1]))
+    if len(rows) > 1:
+        columns = {name: [row[name] for row in rows] for name in METRICS}
+        print(table_row("mean", {name: statistics.mean(c) for name, c in columns.items()}))
+        print(table_row("deviation", {name: statistics.stdev(c) for name, c in columns.items()}))
+
+
 def main(arguments: Optional[list[str]] = None) -> None:
     config, training, run = parse_arguments(arguments)
-    started = time.time()
+    start_processes()
+    started, folder = time.time(), run_folder(run)
     if run.segment:
-        folder, paths = Path(run.segment[0]), [Path(path) for path in run.segment[1:]]
-        if not paths:
+        if len(run.segment) < 2:
             raise ValueError("--segment needs a run folder and then at least one image")
-        output = Path(run.output) if run.output else folder / "segmented"
-        return segment_files(folder, paths, output)
+        source, *images = map(Path, run.segment)
+        return segment_files(source, images, Path(run.output or source / "segmented"))
     if run.evaluate:
-        folder = Path(run.evaluate)
-        model = load_model(folder)
-        metrics = evaluate(model, load_data(run.dataset, "test", model.config, training))
-        metrics = {name: metrics[name] for name in METRICS}
-        write_json(folder / "evaluation.json", metrics)
-        return print(table_row(folder.name, metrics))
-
-    folder = run_folder(run)
-    if not run.resume:
-        if any(folder.glob("checkpoint*.pt")):
-            raise ValueError(
-                f"{folder} holds a run already: go on with --resume, or choose another --output"
-            )
+        return evaluate_runs(run.evaluate, arguments)
+    if run.benchmark:
+        return benchmark(config, training, run)
+    if not run.resume and any(folder.glob("checkpoint*.pt")):
+        raise ValueError(
+            f"{folder} holds a run already: go on with --resume, or choose another --output"
+        )
+    if run.dataset != "shapes":  # what is wrong with the files is said before a run folder is made
+        load_data("train", config, training, run)
+    if training.background_choice and not run.resume:
+        config = choose_background(config, training, run, folder)
+    first = world()[0] == 0
+    if first and not run.resume:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "settings.json", flat_settings(config, training, run))
-    job = train(config, training, run, folder)
-    save_model(job.model, folder)
-    draw_curves(job.progress.history, folder / "curves.png")
-    test = load_data(run.dataset, "test", config, training)
-    facts = dict(seconds=round(job.progress.seconds, 1), seed=training.seed)
-    metrics = write_results(job.model, test, folder, **facts)
-    print("\n" + table_row(f"AST-Seg-{training.scenario}", metrics))
-    print(f"{folder}: {metrics['images']} test images, {time.time() - started:.0f} s in all")
+    with signals_kept():
+        job = train(config, training, run, folder)
+    test = load_data("test", config, training, run)
+    metrics = evaluate(job.model, test)  # all processes take part
+    if first:
+        metrics = {name: metrics[name] for name in METRICS if name in metrics}
+        facts = dict(images=len(test.images), seconds=round(job.progress.seconds, 1))
+        write_results(job, test, {**metrics, **facts, "seed": training.seed})
+        print(f"\n{TABLE_HEAD}\n" + table_row(f"AST-Seg-{training.scenario}", metrics))
+        print(f"{folder}: {len(test.images)} test images, {time.time() - started:.0f} s in all")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; go on with --resume")
+        print("train.py: interrupted; go on with --resume", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
