@@ -1477,6 +1477,9 @@ def crop_and_resize(image, labels, height: int, width: int, crop: float = 1.0, n
 # The cache: images.u8 and labels.u8, in the order test, validation, training, beside manifest.json
 
 
+PROGRESS_SECONDS = 5  # between two notes of how far the decoding came
+
+
 def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[str, Images]:
     """The parts "test", "val", "train" and "all" of a source, mapped into memory from a cache.
 
@@ -1587,7 +1590,7 @@ def _decode_all(source: Source, folder: Path, height: int, width: int, made_from
                     size, crc = state["arrays"][name]
                     file.write(array.tobytes())
                     state["arrays"][name] = [size + array.nbytes, zlib.crc32(array.tobytes(), crc)]
-            if time.monotonic() > saved + 5:
+            if time.monotonic() > saved + PROGRESS_SECONDS:
                 save(progress)
                 saved = time.monotonic()
         _check_count(state, source.tolerance)

@@ -5,11 +5,15 @@ scikit-learn, an exhaustive search, a number of the paper, or a property.
 """
 
 import dataclasses
+import gzip
 import itertools
 import json
 import math
+import os
 import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -918,70 +922,240 @@ def whole_run(tmp_path_factory):
         return folder, run_tiny(folder)
 
 
-@pytest.mark.parametrize(
-    "phase, step", [("background", 5), ("foreground", 1), ("foreground", 5), ("joint", 11)]
-)
-def test_a_killed_run_resumes_to_bit_identical_results(
-    phase, step, tmp_path, whole_run, few_images, monkeypatch
-):
-    class Killed(BaseException):
-        pass
+# What a driver does at some moment of a run, in a process of its own: {what} at a step of a phase.
+DRIVER = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import torch, astseg, train
+draw, loss, save, saved = astseg.draw_shapes, train.PhaseLoss.forward, torch.save, []
+astseg.draw_shapes = lambda n, *rest: draw(min(n, 40 if n == 40 else 10), *rest)
 
-    loss = train.PhaseLoss.forward
+def forward(self, step, *rest):
+    if (self.phase.name, step) == ({phase!r}, {step}):
+        os.kill(os.getpid(), signal.{signal})
+    return loss(self, step, *rest)
 
-    def killed(self, s, *rest):
-        if (self.phase.name, s) == (phase, step):
-            raise Killed
-        return loss(self, s, *rest)
+def half_saved(state, path):
+    saved.append(path)
+    save(state, path)
+    if len(saved) == {save}:
+        os.truncate(path, 1000)
+        os.kill(os.getpid(), signal.{signal})
 
-    monkeypatch.setattr(train.PhaseLoss, "forward", killed)
-    with pytest.raises(Killed):
-        run_tiny(tmp_path)
-    monkeypatch.setattr(train.PhaseLoss, "forward", loss)
-    train.main(["--output", str(tmp_path), "--resume", "--log_every", "2", "--evaluate_every", "6"])
-    folder, metrics = whole_run
-    ours = json.loads((tmp_path / "metrics.json").read_text())
+train.PhaseLoss.forward, torch.save = forward, half_saved
+try:
+    train.main(sys.argv[1:])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def run_driver(folder, signal_name, phase="", step=-1, save=-1):
+    script = DRIVER.format(here=str(HERE), signal=signal_name, phase=phase, step=step, save=save)
+    command = [sys.executable, "-c", script, *TINY, "--output", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True).returncode
+
+
+def resume_and_compare(folder, whole_run):
+    train.main(["--output", str(folder), "--resume", "--log_every", "2", "--evaluate_every", "6"])
+    whole, metrics = whole_run
+    ours = json.loads((folder / "metrics.json").read_text())
     assert {**ours, "seconds": 0} == {**metrics, "seconds": 0}
-    assert weights_of(tmp_path) == weights_of(folder)
+    assert weights_of(folder) == weights_of(whole)
 
 
-def test_a_run_that_is_really_killed_can_resume(tmp_path):
-    command = [
-        sys.executable,
-        str(HERE / "train.py"),
-        *TINY,
-        "--steps",
-        "5000",
-        "--output",
-        str(tmp_path),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    for _ in range(1200):
-        if (tmp_path / "checkpoint.previous.pt").exists() or process.poll() is not None:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    state = train.load_checkpoint(tmp_path)
-    assert state["progress"]["step"] >= 4
+@pytest.mark.parametrize(
+    "moment", [("background", 5), ("foreground", 1), ("foreground", 5), ("joint", 11)]
+)
+def test_a_killed_run_resumes_to_bit_identical_results(moment, tmp_path, whole_run, few_images):
+    assert run_driver(tmp_path, "SIGKILL", *moment) == -signal.SIGKILL
+    resume_and_compare(tmp_path, whole_run)
+
+
+def test_a_kill_while_a_checkpoint_is_written_costs_nothing(tmp_path, whole_run, few_images):
+    assert run_driver(tmp_path, "SIGKILL", save=3) == -signal.SIGKILL
+    assert (tmp_path / "checkpoint.pt.tmp").stat().st_size == 1000
+    resume_and_compare(tmp_path, whole_run)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_and_ends_cleanly(name, tmp_path, whole_run, few_images):
+    assert run_driver(tmp_path, name, "joint", 9) == 130
+    assert train.load_checkpoint(tmp_path)["progress"]["step"] == 10  # the step was finished
+    resume_and_compare(tmp_path, whole_run)
+
+
+def test_a_full_disk_while_saving_leaves_the_checkpoint_before(tmp_path, few_images, monkeypatch):
+    save, saved = torch.save, []
+
+    def full(state, path):
+        saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file: No space left")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="cannot write .*checkpoint.pt: .*No space left"):
+        run_tiny(tmp_path)
+    assert train.load_checkpoint(tmp_path)["progress"]["step"] == 6
+    assert not (tmp_path / "checkpoint.pt.tmp").exists()
+
+
+def test_too_little_memory_names_the_setting_to_lower(tmp_path, few_images, monkeypatch):
+    def forward(self, *rest):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train.PhaseLoss, "forward", forward)
+    with pytest.raises(MemoryError, match="background phase with --background_batch 4: lower"):
+        run_tiny(tmp_path)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    class Evil:
+        def __reduce__(self):
+            return print, ("evil",)
+
+    torch.save(dict(model=Evil()), tmp_path / "checkpoint.pt")
+    with pytest.raises(FileNotFoundError, match="no usable checkpoint"):
+        train.load_checkpoint(tmp_path)
+    assert "evil" not in capsys.readouterr().out
+
+
+def test_the_benchmark_reports_each_phase_and_the_whole(few_images, capsys):
+    train.main([*TINY, "--benchmark", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["background", "foreground", "joint"]
+    for line, batch in zip(lines[2:5], (4, 4, 4)):
+        steps, images, flops, speed = map(float, line.split()[1:5])
+        assert images == pytest.approx(batch * steps, abs=1) and flops >= 0 and speed >= 0
+    assert re.fullmatch(r"the whole curriculum: \d+\.\d\d hours", lines[5])
+
+
+def test_autocast_and_compilation_keep_the_loss(few_images):
+    """What a GPU uses, on the CPU: bf16 autocast, and torch.compile without recompilation."""
+    torch._dynamo.reset()
+    model, images = ASTSeg(Config(**SMALL)), torch.rand(4, 3, 32, 32)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for name in ("background", "foreground"):
+        phase = train.Phase(name, 0, 10)
+        plain = train.PhaseLoss(model.eval(), phase)
+        with pytest.MonkeyPatch.context() as patch:
+            compile = torch.compile
+            patch.setattr(torch, "compile", lambda module: compile(module, backend=backend))
+            compiled = train.PhaseLoss(model, phase, compile=True)
+        background = None if name == "background" else torch.rand(4, 3, 32, 32)
+        count = 0
+        for step in range(3):
+            loss = compiled(step, images, background)
+            assert loss.item() == pytest.approx(plain(step, images, background).item(), rel=1e-4)
+            count = count or len(graphs)
+            assert len(graphs) == count > 0
+        with torch.autocast("cpu", torch.bfloat16):
+            half = plain(0, images, background)
+        assert half.dtype == torch.float32
+        assert half.item() == pytest.approx(loss.item(), rel=0.05)
+
+
+# -------------------------------------------------------------------------------------------------
+# Several processes
+
+RANK_SCRIPT = """
+import os, sys
+sys.path.insert(0, {here!r})
+import torch, astseg, train
+from torch.nn.parallel import DistributedDataParallel
+train.start_processes()
+torch.manual_seed(0)
+for name, config in torch.load({inputs!r})["configs"].items():
+    model = astseg.ASTSeg(astseg.Config(**config)).train()
+    model.renderer.log_alpha_0.data.fill_(0.0)
+    train.synchronise_batch_norm(model)
+    data = torch.load({inputs!r})
+    for phase in ("background", "foreground", "joint"):
+        phase = train.Phase(phase, 0, 10)
+        train.make_optimizer(model, phase, train.Training())
+        loss = train.PhaseLoss(model, phase)
+        if train.world()[1] > 1:
+            loss = DistributedDataParallel(loss, broadcast_buffers=False)
+        index = train.batch_indices(0, 8, 8, 0)
+        background = data["backgrounds"][index] if phase.name == "foreground" else None
+        model.zero_grad()
+        loss(5, data["images"][index], background).backward()
+        found = {{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
+        if train.world()[0] == 0:
+            torch.save(found, f"{{sys.argv[1]}}-{{name}}-{{phase.name}}.pt")
+    buffers = dict(model.named_buffers())
+    scores = train.evaluate(model, astseg.draw_shapes(107, 0, 32))
+    if train.world()[0] == 0:
+        torch.save((buffers, scores), f"{{sys.argv[1]}}-{{name}}.pt")
+"""
+
+
+def torchrun(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    result = subprocess.run(
+        [*launcher, "--master_port", "29611", *map(str, command)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
+    torch.manual_seed(3)
+    images, backgrounds = torch.rand(2, 8, 3, 32, 32)
+    configs = {
+        "segformer": dict(SMALL, dropout=0.0),
+        "unet": dict(SMALL, dropout=0.0, generator="unet", unet_width=0.1),
+    }
+    torch.save(
+        dict(images=images, backgrounds=backgrounds, configs=configs), tmp_path / "inputs.pt"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(RANK_SCRIPT.format(here=str(HERE), inputs=str(tmp_path / "inputs.pt")))
+    torchrun(script, tmp_path / "two")
+    subprocess.run([sys.executable, script, tmp_path / "one"], check=True)
+    for name in configs:
+        for phase in ("background", "foreground", "joint"):
+            one, two = (torch.load(tmp_path / f"{n}-{name}-{phase}.pt") for n in ("one", "two"))
+            assert one.keys() == two.keys() and one
+            largest = max(gradient.abs().max() for gradient in one.values())
+            for parameter in one:
+                close(one[parameter] / largest, two[parameter] / largest, 1e-5)
+        (buffers1, scores1), (buffers2, scores2) = (
+            torch.load(tmp_path / f"{n}-{name}.pt") for n in ("one", "two")
+        )
+        for buffer in buffers1:
+            close(buffers1[buffer], buffers2[buffer], 1e-5)
+        assert scores1 == pytest.approx(scores2, rel=1e-3, abs=1e-4)
+
+
+def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, few_images):
+    flags = [*TINY, "--output", tmp_path / "run"]
+    out = torchrun(HERE / "train.py", *flags, "--log_every", "3")
+    assert out.count("phase 3 of 3") == 1  # one process prints
+    state = train.load_checkpoint(tmp_path / "run")
+    state["progress"].update(phase=2, step=8)
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    train.main(["--output", str(tmp_path / "run"), "--resume"])
+    assert train.load_checkpoint(tmp_path / "run")["progress"]["step"] == 12
 
 
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     tmp_path, whole_run, few_images, capsys
 ):
-    import shutil
-
     folder, metrics = whole_run
     shutil.copytree(folder, tmp_path / "run")
     last = tmp_path / "run" / "checkpoint.pt"
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
-    train.main(
-        ["--output", str(tmp_path / "run"), "--resume", "--log_every", "2", "--evaluate_every", "6"]
-    )
+    resume_and_compare(tmp_path / "run", whole_run)
     assert f"{last} is damaged" in capsys.readouterr().err
-    ours = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert {**ours, "seconds": 0} == {**metrics, "seconds": 0}
-    assert weights_of(tmp_path / "run") == weights_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -1147,8 +1321,6 @@ def test_a_run_is_not_overwritten_by_another(whole_run):
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, whole_run):
-    import shutil
-
     folder, _ = whole_run
     shutil.copy(folder / "checkpoint.pt", tmp_path)
     settings = json.loads((folder / "settings.json").read_text())
@@ -1169,8 +1341,6 @@ def test_weights_that_are_missing_are_an_error(tmp_path):
 
 
 def test_damaged_files_are_named(tmp_path, whole_run):
-    import shutil
-
     folder, _ = whole_run
     run = tmp_path / "run"
     shutil.copytree(folder / "model", run / "model")
@@ -1213,6 +1383,491 @@ def test_a_short_training_lowers_the_loss_and_wakes_the_foreground(tmp_path, mon
     losses = [line["loss"] for line in lines if line["name"] == "foreground"]
     assert losses[-1] < 0.75 * losses[0]
     assert lines[-1]["foreground"] > 0.01 and lines[-1]["mIoU"] > 0.25
+
+
+# -------------------------------------------------------------------------------------------------
+# Data sets, in tiny files of the exact formats
+
+
+def crc32c(data: bytes) -> int:
+    """CRC-32C bit by bit, to check the one of the reader."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked_crc(data: bytes) -> bytes:
+    crc = crc32c(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def varint(n: int) -> bytes:
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def message(*fields) -> bytes:
+    """A protocol buffer message of length-delimited fields (number, content)."""
+    return b"".join(varint(n << 3 | 2) + varint(len(content)) + content for n, content in fields)
+
+
+def example(**arrays) -> bytes:
+    """A tf.train.Example in which every byte is an entry of its own, as in the published files."""
+    entries = []
+    for name, array in arrays.items():
+        values = message(*((1, bytes([value])) for value in array.astype(np.uint8).flatten()))
+        entries.append((1, message((1, name.encode()), (2, message((1, values))))))
+    floats = message((1, b"visibility"), (2, message((2, message((1, b"\0\0\x80\x3f"))))))
+    return message((1, message((1, floats), *entries)))
+
+
+def record(body: bytes) -> bytes:
+    size = struct.pack("<Q", len(body))
+    return size + masked_crc(size) + body + masked_crc(body)
+
+
+def rooms(count: int, masks: int = 7, seed: int = 0):
+    """ObjectsRoom at random: images (n, 64, 64, 3), owners of the pixels (n, 64, 64), bodies."""
+    random = np.random.default_rng(seed)
+    images = random.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    owners = random.integers(0, masks, (count, 8, 8)).repeat(8, 1).repeat(8, 2)
+    bodies = [
+        example(image=image, mask=255 * (owner == np.arange(masks)[:, None, None])[..., None])
+        for image, owner in zip(images, owners)
+    ]
+    return images, owners, bodies
+
+
+def write_records(path: Path, bodies) -> Path:
+    path.write_bytes(gzip.compress(b"".join(map(record, bodies)), 1))
+    return path
+
+
+def parts_of(tmp_path, dataset, data, height=64, width=64, masks=None):
+    source = astseg.open_source(dataset, data, masks)
+    return astseg.cached_parts(source, tmp_path / "cache" / dataset, height, width)
+
+
+@pytest.fixture(scope="module")
+def room_records():
+    return rooms(12)
+
+
+def test_crc32c_is_that_of_the_standard():
+    assert crc32c(b"123456789") == 0xE3069283 == astseg.google_crc32c.value(b"123456789")
+
+
+def test_objectsroom_records_are_read_byte_by_byte_and_split_by_count(tmp_path, room_records):
+    images, owners, bodies = room_records
+    path = write_records(tmp_path / "objects_room_train.tfrecords", bodies)
+    for data in (path, tmp_path):  # the file, or the folder it is in
+        parts = parts_of(tmp_path, "objectsroom", data)
+        assert torch.equal(parts["all"].images, torch.from_numpy(images).movedim(3, 1))
+        assert torch.equal(parts["all"].labels, torch.from_numpy(np.maximum(0, owners - 3)).byte())
+        assert {name: len(part.images) for name, part in parts.items()} == {
+            "test": 1, "val": 1, "train": 10, "all": 12,
+        }  # fmt: skip
+    path.write_bytes(b"".join(map(record, bodies)))  # decompressed
+    assert torch.equal(parts_of(tmp_path, "objectsroom", path)["all"].images, parts["all"].images)
+
+
+@pytest.mark.parametrize(
+    "dataset, masks, suffix",
+    [
+        ("six_objects", 10, "six_objects"),
+        ("identical_color", 10, "identical_color"),
+        ("empty_room", 4, "empty_room"),
+    ],
+)
+def test_variants_of_objectsroom_are_one_test_part(dataset, masks, suffix, tmp_path):
+    images, owners, bodies = rooms(3, masks)
+    write_records(tmp_path / f"objects_room_test_{suffix}.tfrecords", bodies)
+    parts = parts_of(tmp_path, dataset, tmp_path)
+    assert len(parts["test"].images) == 3 and len(parts["train"].images) == 0
+    assert torch.equal(parts["test"].labels, torch.from_numpy(np.maximum(0, owners - 3)).byte())
+
+
+@pytest.mark.parametrize("count, ends", [(30_000, (10_000, 20_000)), (29_999, (2_999, 5_999))])
+def test_the_parts_of_objectsroom_depend_on_its_size(count, ends, tmp_path, room_records):
+    path = write_records(tmp_path / "objects_room_train.tfrecords", room_records[2][:1])
+    assert astseg.open_source("objectsroom", path).ends(count) == ends
+
+
+def slow_crop_and_resize(pixels: np.ndarray, crop: int, size: int) -> np.ndarray:
+    """Centre crop and bilinear resize with antialiasing, a triangle filter written out."""
+    top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
+    out = pixels[top : top + crop, left : left + crop].astype(float)
+    ratio = crop / size
+    for _ in range(2):  # columns, then rows: Pillow rounds to bytes in between
+        rows = []
+        for i in range(size):
+            center, support = (i + 0.5) * ratio, max(1.0, ratio)
+            weights = np.maximum(0, 1 - abs(np.arange(crop) + 0.5 - center) / support)
+            rows.append(np.tensordot(weights / weights.sum(), out.swapaxes(0, 1), 1))
+        out = np.round(np.stack(rows)).clip(0, 255)
+    return out.astype(np.uint8)
+
+
+def test_clevr_is_cropped_and_resized_as_the_paper_does(tmp_path):
+    random = np.random.default_rng(1)
+    small = random.integers(0, 256, (24, 32, 3)).repeat(10, 0).repeat(10, 1)
+    image = (small + random.integers(-20, 20, small.shape)).clip(0, 255).astype(np.uint8)
+    owner = random.integers(0, 11, (24, 32)).repeat(10, 0).repeat(10, 1)
+    mask = 255 * (owner == np.arange(11)[:, None, None])
+    path = tmp_path / "clevr_with_masks_train.tfrecords"
+    write_records(path, [example(image=image, mask=mask)] * 3)
+    images, labels = parts_of(tmp_path, "clevr", path, 128, 128)["all"]
+    slow = slow_crop_and_resize(image, 192, 128)
+    assert np.abs(images[0].numpy().transpose(1, 2, 0).astype(int) - slow).max() <= 1
+    rows = [24 + int((i + 0.5) * 1.5) for i in range(128)]
+    columns = [64 + int((i + 0.5) * 1.5) for i in range(128)]
+    assert np.array_equal(labels[0], owner[rows][:, columns])
+
+
+def flip(path: Path, position: int):
+    """Damage one byte inside the compressed records."""
+    data = bytearray(gzip.decompress(path.read_bytes()))
+    data[position] ^= 255
+    path.write_bytes(gzip.compress(bytes(data), 1))
+
+
+def cut(path: Path, size: int):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: flip(p, 1000), "tfrecords, record 0: .*bad checksum"),
+        (lambda p: flip(p, 3), "record 0: .*bad checksum"),
+        (lambda p: cut(p, p.stat().st_size // 2), r"record \d: the file is damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-8]), "record 3: the file is damaged"),
+        (lambda p: p.write_bytes(record(b"x" * 20) * 3), "record 0: it is no tf.train.Example"),
+        (lambda p: p.write_bytes(record(example(other=np.zeros(4))) * 3), "no feature 'image'"),
+        (
+            lambda p: p.write_bytes(record(example(image=np.zeros(12), mask=np.zeros(4)))),
+            "'image' has 12 bytes, not 12288: the file is of another data set",
+        ),
+        (lambda p: p.write_text("these are no records"), "record 0: .*no TFRecord file"),
+        (lambda p: p.unlink(), "objects_room_train.tfrecords is missing"),
+    ],
+)
+def test_a_damaged_tfrecord_is_named_and_leaves_nothing(damage, message, tmp_path, room_records):
+    data = tmp_path / "data"
+    data.mkdir()
+    path = write_records(data / "objects_room_train.tfrecords", room_records[2][:3])
+    damage(path)
+    with pytest.raises(OSError, match=message):
+        parts_of(tmp_path, "objectsroom", data)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def save_palette(path: Path, labels: np.ndarray):
+    image = Image.fromarray(labels.astype(np.uint8), "P")
+    image.putpalette(list(range(255, -1, -1)) * 3)  # colours that have nothing to do with labels
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+@pytest.fixture
+def clevrtex(tmp_path):
+    """20 images of CLEVRTEX, RGBA, with label maps that have gaps and more objects than slots."""
+    random = np.random.default_rng(0)
+    for i in range(20):
+        folder = tmp_path / "data" / "clevrtex_full" / str(i % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (240, 320, 4), dtype=np.uint8)
+        pixels[..., 0] = i
+        Image.fromarray(pixels).save(folder / f"CLEVRTEX_full_{i:06d}.png")
+        labels = random.choice([0, 2, 5, 12], (24, 32)).repeat(10, 0).repeat(10, 1)
+        save_palette(folder / f"CLEVRTEX_full_{i:06d}_flat.png", labels)
+        (folder / f"CLEVRTEX_full_{i:06d}.json").write_text("{}")
+    return tmp_path / "data"
+
+
+def test_clevrtex_is_read_in_the_order_of_its_index_and_split_in_tenths(tmp_path, clevrtex):
+    parts = parts_of(tmp_path, "clevrtex", clevrtex, 128, 128)
+    assert [len(parts[name].images) for name in ("test", "val", "train")] == [2, 2, 16]
+    assert parts["all"].images[:, 0].flatten(1).float().mean(1).tolist() == list(range(20))
+    assert parts["all"].labels.unique().tolist() == [0, 2, 5, 12]  # indices as they are
+    path = clevrtex / "clevrtex_full" / "1" / "CLEVRTEX_full_000001.png"
+    slow = slow_crop_and_resize(np.array(Image.open(path).convert("RGB")), 192, 128)
+    ours = parts["all"].images[1].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(ours - slow).max() <= 1
+    labels = parts["all"].labels[:1]
+    assert astseg.mean_iou(labels, labels, slots=4)[0].item() == 1.0  # 12 is a row of its own
+
+
+def test_a_missing_label_map_is_named(tmp_path, clevrtex):
+    path = clevrtex / "clevrtex_full" / "1" / "CLEVRTEX_full_000004_flat.png"
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"there is no image {path}"):
+        parts_of(tmp_path, "clevrtex", clevrtex)
+    with pytest.raises(FileNotFoundError, match="holds no image CLEVRTEX_camo_NNNNNN.png"):
+        parts_of(tmp_path, "camo", clevrtex)
+
+
+@pytest.mark.parametrize("variant, test", [("outd", 10), ("camo", 1), ("grassbg", 1)])
+def test_the_test_part_of_the_variants_of_clevrtex(variant, test, tmp_path):
+    for i in range(10):
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / f"CLEVRTEX_{variant}_{i:06d}.png")
+        save_palette(tmp_path / f"CLEVRTEX_{variant}_{i:06d}_flat.png", np.ones((30, 40)))
+    parts = parts_of(tmp_path, variant, tmp_path, 32, 32)
+    assert len(parts["test"].images) == test and len(parts["all"].images) == 10
+
+
+def test_shapestacks_has_its_own_splits_and_label_maps(tmp_path):
+    random, owners = np.random.default_rng(0), {}
+    names = {"test": ["a-1"], "eval": ["b-2"], "train": ["c-3", "d-4"]}
+    for part, scenarios in names.items():
+        split = tmp_path / "splits" / "default" / f"{part}.txt"
+        split.parent.mkdir(parents=True, exist_ok=True)
+        split.write_text("\n".join(scenarios) + "\n")
+        for name in scenarios:
+            for folder in ("recordings", "iseg"):
+                (tmp_path / folder / name).mkdir(parents=True)
+            for camera in (1, 10):
+                pixels = random.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+                stem = f"rgb-w=2-f=1-l=0-c=unique-cam_{camera}-mono-0.png"
+                Image.fromarray(pixels).save(tmp_path / "recordings" / name / stem)
+                owner = random.integers(0, 6, (28, 28)).repeat(8, 0).repeat(8, 1)
+                owners[name, camera] = owner
+                values = np.stack((owner * 32 + 5, owner, owner), axis=2).astype(np.uint8)
+                stem = f"iseg-w=0-f=0-l=0-c=original-cam_{camera}-mono-0.map"
+                Image.fromarray(values).save(tmp_path / "iseg" / name / stem, format="PNG")
+    parts = parts_of(tmp_path, "shapestacks", tmp_path)
+    assert [len(parts[name].images) for name in ("test", "val", "train")] == [2, 2, 4]
+    rows = [14 + i * 196 // 64 for i in range(64)]
+    for k, camera in enumerate((1, 10)):
+        assert np.array_equal(parts["val"].labels[k], owners["b-2", camera][rows][:, rows])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Images of several formats and sizes, in nested folders, with masks of several kinds."""
+    random, data = np.random.default_rng(0), tmp_path / "photos"
+    (data / "images" / "more").mkdir(parents=True)
+    (data / "masks" / "more").mkdir(parents=True)
+    for i in range(12):
+        size = (50 + i, 80 - i)
+        suffix = ("png", "jpg", "webp", "JPEG")[i % 4]
+        folder = "more" if i % 2 else "."
+        pixels = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / "images" / folder / f"{i:02d}.{suffix}")
+        values = random.choice([0, 40, 255], (size[0] // 10 + 1, size[1] // 10 + 1))
+        values = values.repeat(10, 0).repeat(10, 1)[: size[0], : size[1]].astype(np.uint8)
+        if i == 3:  # colours
+            values = np.stack((values, values // 2, values * 0), axis=2)
+        Image.fromarray(values).save(data / "masks" / folder / f"{i:02d}.png")
+    (data / "images" / "notes.txt").write_text("no image")
+    (data / "images" / ".hidden.png").write_text("no image")
+    (data / "images" / ".trash").mkdir()
+    (data / "images" / ".trash" / "99.png").write_text("no image")
+    return data
+
+
+def test_a_folder_takes_any_images_with_or_without_masks(tmp_path, photos):
+    with_masks = parts_of(tmp_path, "folder", photos, 32, 48)
+    images, masks = photos / "images", photos / "masks"
+    named = parts_of(tmp_path, "folder", images, 32, 48, masks)
+    assert torch.equal(with_masks["all"].labels, named["all"].labels)
+    assert [len(with_masks[name].images) for name in ("test", "val", "train")] == [1, 1, 10]
+    assert with_masks["all"].images.shape == (12, 3, 32, 48)
+    assert with_masks["all"].labels.unique().tolist() == [0, 1, 2]  # 40 and 255, or two colours
+    without = parts_of(tmp_path, "folder", images, 32, 48)
+    assert without["all"].labels is None
+    assert torch.equal(without["all"].images, with_masks["all"].images)
+
+
+def test_masks_and_images_of_a_folder_must_agree(tmp_path, photos):
+    (photos / "masks" / "00.png").rename(photos / "masks" / "77.png")
+    with pytest.raises(FileNotFoundError, match="00.png has no mask"):
+        parts_of(tmp_path, "folder", photos)
+    Image.new("L", (80, 50)).save(photos / "masks" / "00.png")
+    with pytest.raises(FileNotFoundError, match="77.png has no image"):
+        parts_of(tmp_path, "folder", photos)
+    (photos / "masks" / "77.png").unlink()
+    Image.new("L", (5, 5)).save(photos / "masks" / "00.png")
+    with pytest.raises(ValueError, match="00.png is 5x5, its image 80x50: they must be of one"):
+        parts_of(tmp_path, "folder", photos)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no PNG, JPEG or WebP image"):
+        parts_of(tmp_path, "folder", tmp_path / "empty")
+    labels = Image.fromarray(np.arange(4000, dtype=np.uint16).reshape(50, 80))
+    labels.save(photos / "masks" / "00.png")
+    with pytest.raises(ValueError, match="00.png has label 3999: there can be 255 objects at most"):
+        parts_of(tmp_path, "folder", photos)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_damaged_image_of_a_folder_is_named_and_skipped_unless_there_are_many(tmp_path, capsys):
+    for i in range(100):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i:03d}.png")
+    (tmp_path / "007.png").write_bytes((tmp_path / "007.png").read_bytes()[:60])
+    images = parts_of(tmp_path, "folder", tmp_path, 32, 32)["all"].images
+    assert images[:, 0, 0, 0].tolist() == [i for i in range(100) if i != 7]
+    assert "1 damaged images were skipped" in (err := capsys.readouterr().err) and "007.png" in err
+    (tmp_path / "008.png").write_text("no image")
+    with pytest.raises(ValueError, match="2 of 100 images are damaged, more than one in a hundred"):
+        parts_of(tmp_path, "folder", tmp_path, 32, 32)
+
+
+def test_a_cache_is_used_again_unless_it_was_changed_or_made_otherwise(tmp_path, photos):
+    decoded, decode = [], astseg.crop_and_resize
+
+    def watched(*arguments):
+        decoded.append(1)
+        return decode(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(astseg, "crop_and_resize", watched)
+        folder = tmp_path / "cache" / "folder"
+
+        def count_decoded(height=32) -> int:
+            decoded.clear()
+            again = parts_of(tmp_path, "folder", photos, height)["all"].images
+            assert torch.equal(again, first) or height != 32
+            return len(decoded)
+
+        first = parts_of(tmp_path, "folder", photos, 32)["all"].images.clone()
+        assert count_decoded() == 0
+        cut(folder / "images.u8", 1000)
+        assert count_decoded() == 12
+        (folder / "labels.u8").write_bytes(bytes((folder / "labels.u8").stat().st_size))
+        assert count_decoded() == 12
+        (folder / "manifest.json").write_text("{")
+        assert count_decoded() == 12
+        assert count_decoded(40) == 12 and count_decoded() == 12
+        os.utime(photos / "images" / "00.png", (1, 1))
+        assert count_decoded() == 12 and count_decoded() == 0
+
+
+def test_an_interrupted_decoding_goes_on_where_it_was(tmp_path, room_records, monkeypatch):
+    path = write_records(tmp_path / "objects_room_train.tfrecords", room_records[2])
+    expected = parts_of(tmp_path, "objectsroom", path)["all"]
+    folder, seen, decode = tmp_path / "cut", [], astseg.crop_and_resize
+    monkeypatch.setattr(astseg, "PROGRESS_SECONDS", 0)
+
+    def killed(*arguments):
+        seen.append(1)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return decode(*arguments)
+
+    source = astseg.open_source("objectsroom", path)
+    monkeypatch.setattr(astseg, "crop_and_resize", killed)
+    with pytest.raises(KeyboardInterrupt):
+        astseg.cached_parts(source, folder, 64, 64)
+    state = json.loads((folder / "progress.json").read_text())
+    assert 0 < state["items"] < 12 and not (folder / "manifest.json").exists()
+    with open(folder / "images.u8", "ab") as file:
+        file.write(b"half an image")  # written after the last note of progress
+    seen[:] = [1] * 8
+    parts = astseg.cached_parts(source, folder, 64, 64)
+    assert len(seen) - 8 == 12 - state["items"]
+    assert all(torch.equal(a, b) for a, b in zip(parts["all"], expected))
+    assert sorted(p.name for p in folder.iterdir()) == ["images.u8", "labels.u8", "manifest.json"]
+
+
+def test_a_killed_decoding_resumes_to_the_same_arrays(tmp_path, photos):
+    script = (
+        "import sys, time, astseg; from pathlib import Path; astseg.PROGRESS_SECONDS = 0\n"
+        "resize = astseg.crop_and_resize\n"
+        "astseg.crop_and_resize = lambda *a: (time.sleep(0.3), resize(*a))[1]\n"
+        "source = astseg.open_source('folder', Path(sys.argv[1]))\n"
+        "astseg.cached_parts(source, Path(sys.argv[2]), 32, 32)"
+    )
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", script, str(photos), str(folder)], cwd=HERE)
+    for _ in range(600):
+        if (folder / "progress.json").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    parts = astseg.cached_parts(astseg.open_source("folder", photos), folder, 32, 32)
+    expected = parts_of(tmp_path, "folder", photos, 32, 32)
+    assert all(torch.equal(a, b) for a, b in zip(parts["all"], expected["all"]))
+
+
+def test_a_full_disk_while_decoding_is_one_sentence_and_leaves_nothing(
+    tmp_path, photos, monkeypatch
+):
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(astseg, "write_json", full)
+    with pytest.raises(OSError, match="no space left on the disk for .*choose another --cache"):
+        parts_of(tmp_path, "folder", photos, 32, 32)
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_memory_stays_bounded_while_records_pass_through():
+    ahead, largest = [0], [0]
+
+    def items():
+        for i in range(500):
+            ahead[0] += 1
+            largest[0] = max(largest[0], ahead[0])
+            yield i
+
+    for i, value in enumerate(astseg.map_in_order(lambda x: x * x, items())):
+        ahead[0] -= 1
+        assert value == i * i
+    assert largest[0] <= 4 * (os.cpu_count() or 1) + 2
+
+
+def test_the_backgrounds_of_a_fixed_scene_are_simple_and_of_varied_ones_complex():
+    fixed = torch.rand(1, 3, 8, 8).expand(20, -1, -1, -1) + 0.01 * torch.rand(20, 3, 8, 8)
+    assert astseg.background_complexity(fixed) < 0.24
+    assert astseg.background_complexity(torch.rand(20, 3, 8, 8)) > 0.24
+    two = torch.tensor([0.0, 0.0, 0.5])[:, None, None, None].expand(-1, 3, 1, 1)
+    assert astseg.background_complexity(two) == pytest.approx(math.tanh(1.5 / 0.25) / 3)
+
+
+def test_a_folder_without_masks_trains_and_says_where_metrics_need_them(tmp_path, photos, capsys):
+    shutil.rmtree(photos / "masks")
+    flags = ["--dataset", "folder", "--data", str(photos), "--preset", "small"]
+    flags += ["--cache", str(tmp_path / "cache"), "--background_choice"]
+    metrics = run_tiny(tmp_path / "run", *flags)
+    assert set(metrics) == {"MSE", "images", "seconds", "seed"}
+    assert "the complexity of the background is" in capsys.readouterr().out
+    assert not list((tmp_path / "run").glob("backgrounds*"))
+    with pytest.raises(ValueError, match="has no label maps, which metrics need"):
+        train.main(["--evaluate", str(tmp_path / "run")])
+
+
+def test_a_run_is_evaluated_on_another_data_set_and_several_runs_together(
+    tmp_path, whole_run, photos, capsys
+):
+    folder, _ = whole_run
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    flags = ["--dataset", "folder", "--data", str(photos), "--cache", str(tmp_path / "cache")]
+    train.main(["--evaluate", str(folder), str(copy), *flags, "--part", "all"])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows] == ["Model", folder.name, "copy", "mean", "deviation"]
+    assert rows[3].split()[1:] == rows[1].split()[1:] and rows[4].split()[1] == "0.00"
+    assert set(json.loads((copy / "evaluation-folder-all.json").read_text())) == set(train.METRICS)
+
+
+@pytest.mark.parametrize(
+    "dataset, expected",
+    [
+        ("clevrtex", (128, 10, True, "complex", 500_000)),
+        ("camo", (128, 10, True, "complex", 500_000)),
+        ("clevr", (128, 10, False, "simple", 2_500)),
+        ("objectsroom", (64, 3, True, "complex", 500_000)),
+        ("shapestacks", (64, 6, False, "complex", 500_000)),
+    ],
+)
+def test_a_data_set_of_the_paper_comes_with_its_settings(dataset, expected):
+    config, training, _ = train.parse_arguments(["--dataset", dataset, "--data", "x"])
+    settings = (config.height, config.slots, config.anisotropic, config.background_kind)
+    assert (*settings, training.background_steps) == expected
+    assert (training.steps, training.lr, config.refinement_start) == (125_000, 4e-5, "stock")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -904,7 +904,11 @@ def save_model(model: ASTSeg, folder: Path) -> None:
     new, old = folder / "model.tmp", folder / "model.old"
     for path in (new, old):
         shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(new)
+    try:
+        model.save_pretrained(new)
+    except Exception as error:  # safetensors has its own for a full disk
+        shutil.rmtree(new, ignore_errors=True)
+        raise OSError(f"cannot write {folder / 'model'}: {error}") from error
     if (folder / "model").exists():
         os.replace(folder / "model", old)
     os.replace(new, folder / "model")
