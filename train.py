@@ -136,7 +136,7 @@ SMALL = dict(
     height=64, width=64, anisotropic=False, backbone="tiny", dropout=0.0,
     dim_transformer=128, dim_feedforward=256, transformer_layers=2,
     refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
-    scale_max=16.0, log_alpha_0=5.0, entropy_weight=0.01, entropy_warmup=4000,
+    scale_max=10.0, log_alpha_0=4.0, entropy_weight=0.01, entropy_warmup=4000,
     background_kind="simple", background_width=0.25,
     background_steps=1500, background_batch=16, background_lr=5e-4,
     steps=24_000, phase2_steps=20_000, batch=32, lr=1e-3, warmup=500, decay_at=0.8,
