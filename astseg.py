@@ -339,7 +339,28 @@ class SegformerGenerator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         # open: images enter in [0, 1], without ImageNet's mean and deviation
-        return self.segformer(images).logits  # (B, channels, h, w)
+        stages = self.segformer.segformer(images, output_hidden_states=True).hidden_states
+        head = self.segformer.decode_head
+        x = head.activation(head.batch_norm(self._fuse(stages)))  # (B, decoder width, h, w)
+        return head.classifier(head.dropout(x))  # (B, channels, h, w)
+
+    def _fuse(self, stages: tuple[Tensor, ...]) -> Tensor:
+        """The MLP decoder before its norm: stages (B, C_i, h_i, w_i) -> (B, decoder width, h, w).
+
+        The library projects each stage, resizes, concatenates and fuses, all of it linear. Here the
+        two matrices are multiplied first and the resize comes last: the same result to rounding,
+        for less than half of the generator's arithmetic.
+        """
+        head, fused = self.segformer.decode_head, 0.0
+        fuse = head.linear_fuse.weight.flatten(1).chunk(len(stages), dim=1)[::-1]
+        for stage, projection, matrix in zip(stages, head.linear_projections, fuse):
+            with torch.autocast(stage.device.type, enabled=False):
+                weight, bias = matrix @ projection.proj.weight, matrix @ projection.proj.bias
+            x = (weight @ stage.flatten(2) + bias[:, None]).unflatten(2, stage.shape[2:])
+            if stage is not stages[0]:  # (B, decoder width, h_i, w_i) -> (B, decoder width, h, w)
+                x = F.interpolate(x, stages[0].shape[2:], mode="bilinear")
+            fused = fused + x
+        return fused
 
 
 def unet_channels(height: int, width: int) -> tuple[int, ...]:

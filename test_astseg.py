@@ -220,6 +220,23 @@ def test_generators_take_even_and_odd_sizes(height, width):
     assert unet(images).shape == (2, 7, height, width)
 
 
+@pytest.mark.parametrize("size, height, width", [("tiny", 33, 47), ("b0", 64, 96)])
+def test_the_reordered_decoder_says_what_the_library_says(size, height, width):
+    generator = astseg.SegformerGenerator(9, size, dropout=0.0).train()
+    images = torch.rand(2, 3, height, width)
+    expected = generator.segformer(images).logits
+    ours = generator(images)
+    close(ours, expected, 1e-5)
+    weights = torch.rand_like(ours)
+    names, parameters = zip(*generator.named_parameters())
+    for name, a, b in zip(
+        names,
+        torch.autograd.grad((expected * weights).sum(), parameters),
+        torch.autograd.grad((ours * weights).sum(), parameters),
+    ):
+        close(a / a.abs().max().clamp(min=1e-3), b / a.abs().max().clamp(min=1e-3), 1e-3)
+
+
 def save_segformer(folder: Path, size: str):
     """A classifier in the layout of nvidia/mit-b3: its backbone under the prefix segformer."""
     from transformers import SegformerConfig, SegformerForImageClassification
