@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -1115,9 +1117,9 @@ for name, config in torch.load({inputs!r})["configs"].items():
 
 
 def torchrun(*command):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*launcher, "--master_port", "29611", *map(str, command)],
+        [*launcher, "--nproc_per_node", "2", *map(str, command)],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
@@ -1885,6 +1887,42 @@ def test_a_data_set_of_the_paper_comes_with_its_settings(dataset, expected):
     settings = (config.height, config.slots, config.anisotropic, config.background_kind)
     assert (*settings, training.background_steps) == expected
     assert (training.steps, training.lr, config.refinement_start) == (125_000, 4e-5, "stock")
+
+
+# -------------------------------------------------------------------------------------------------
+# The notebook
+
+NOTEBOOK = HERE / "equivariance_proof.ipynb"
+
+
+def test_the_notebook_runs_from_top_to_bottom_in_a_clean_kernel():
+    """Each of its claims is an assert, so that running it is the check."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+    )
+    client.execute()  # raises what a cell raises
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum(cell.source.count("assert ") for cell in code) > 50
+    assert not [o for cell in code for o in cell.outputs if o.get("name") == "stderr"]
+
+
+def test_the_notebook_is_stored_with_its_outputs_and_nothing_of_the_machine():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = notebook.cells
+    code = [cell for cell in cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not any(cell.metadata for cell in cells)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    outputs = [output for cell in code for output in cell.outputs]
+    pictures = [o for o in outputs if "image/png" in o.get("data", {})]
+    assert len(pictures) >= 18 and len(outputs) > 40
+    text = "".join(o.get("text", "") for o in outputs)
+    assert not re.search(r"Warning|/tmp|/home|/root|site-packages", text)
+    for before, cell in zip(cells, cells[1:]):
+        assert {before.cell_type, cell.cell_type} != {"code"}  # prose between
+        assert cell.cell_type == "markdown" or cell.source.count("\n") < 15
 
 
 # -------------------------------------------------------------------------------------------------

@@ -158,11 +158,11 @@ def preset(run: Run) -> dict:
     name = run.preset or ("shapes" if run.dataset == "shapes" else "paper")
     if name != "paper":
         return PRESETS[name]
-    # The variants of CLEVRTEX and ObjectsRoom have the settings of the data set itself.
-    family = "clevrtex" if run.dataset in astseg.CLEVRTEX_VARIANTS else run.dataset
-    family = (
-        "objectsroom" if run.dataset in ("six_objects", "identical_color", "empty_room") else family
-    )
+    family = run.dataset  # variants have the settings of the data set itself
+    if family in astseg.CLEVRTEX_VARIANTS:
+        family = "clevrtex"
+    if family in ("six_objects", "identical_color", "empty_room"):
+        family = "objectsroom"
     phase1 = dict(background_steps=2500) if family == "clevr" else {}
     return {**astseg.PAPER_SETTINGS.get(family, {}), **phase1}
 
@@ -296,10 +296,13 @@ def memorise_backgrounds(
     They are kept where the images are, or in the file `path`.
     """
     model.eval()
-    memory = torch.empty_like(images)
-    if path is not None:
+    if path is None:
+        memory = torch.empty_like(images)
+    elif shutil.disk_usage(path.parent).free > images.nbytes:
         memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8)
         memory = memory.view(images.shape)
+    else:
+        raise OSError(f"the backgrounds need {images.nbytes:,} bytes: free them for {path}")
     for part, target in zip(images.split(100), memory.split(100)):
         # open: memorised at 8 bits a channel, rounded
         target.copy_((model.background(to_float(part.to(device_of(model))))[0] * 255).round())
@@ -491,6 +494,7 @@ TABLE_HEAD = "{:24}{:>10}{:>10}{:>12}{:>9}{:>8}".format(
     "Model", "mIoU (%)", "mIoU-FG", "ARI-FG (%)", "MSC-FG", "MSE"
 )
 
+
 # -------------------------------------------------------------------------------------------------
 # Training
 
@@ -529,6 +533,7 @@ def make_job(config: Config, training: Training, run: Run, folder: Path, progres
     synchronise_batch_norm(model)
     if training.pretrained and not run.resume:
         model.generator.load_backbone(training.pretrained)
+    torch.manual_seed(training.seed + 1000 * world()[0])  # processes draw their own dropouts
     return Job(model, on_device(images), validation, training, run, folder, progress)
 
 
@@ -686,7 +691,7 @@ def memory_explained(phase: Phase, training: Training):
     try:
         yield
     except RuntimeError as error:  # CUDA's OutOfMemoryError is one; the CPU has no other
-        if "memory" not in str(error):
+        if not any(sign in str(error) for sign in ("out of memory", "allocate memory")):
             raise
         flag = "background_batch" if phase.name == "background" else "batch"
         raise MemoryError(
