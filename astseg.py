@@ -5,8 +5,8 @@ which pixels are its own. A feature map generator (Segformer) draws one attentio
 centre of mass of a map is the slot's position, and the features under it are its description. A
 transformer encoder lets the slots compare notes, so that no two of them claim one object. Each slot
 then draws a glimpse of its object, which a spatial transformer moves and shrinks to its place, and
-a convolutional autoencoder draws the background. The layers compete for each pixel, and all that
-is trained on is how well the composed image matches the input.
+a convolutional autoencoder draws the background. The layers compete for each pixel. Trained on
+are the match of the composed image with the input and how sure each pixel is of its layer.
 
 Usage (a folder of trained weights loads with `ASTSeg.from_pretrained("runs/shapes/model")`):
 
@@ -16,7 +16,8 @@ Usage (a folder of trained weights loads with `ASTSeg.from_pretrained("runs/shap
     >>> output = model(images)                             # reconstruction, weights, position, ...
     >>> labels = model.segment(images)                     # (2, 64, 64), 0 is the background
 
-The paper, from its first equation to its metrics, and where it stands below, in the same order:
+The paper, from its first equation to its metrics, and where it stands below, in the same order (the
+equations between (1) and (10) that are no code are checked in equivariance_proof.ipynb):
 
     section 2, eq. (1)                     translate
     section 2, eq. (4), Proposition 2.1    center_of_mass
@@ -349,16 +350,17 @@ class SegformerGenerator(nn.Module):
 
         The library projects each stage, resizes, concatenates and fuses, all of it linear. Here the
         two matrices are multiplied first and the resize comes last: the same result to rounding,
-        for less than half of the generator's arithmetic.
+        for half of the generator's arithmetic in a batch.
         """
         head, fused = self.segformer.decode_head, 0.0
         fuse = head.linear_fuse.weight.flatten(1).chunk(len(stages), dim=1)[::-1]
         for stage, projection, matrix in zip(stages, head.linear_projections, fuse):
             with torch.autocast(stage.device.type, enabled=False):
                 weight, bias = matrix @ projection.proj.weight, matrix @ projection.proj.bias
-            x = (weight @ stage.flatten(2) + bias[:, None]).unflatten(2, stage.shape[2:])
-            if stage is not stages[0]:  # (B, decoder width, h_i, w_i) -> (B, decoder width, h, w)
-                x = F.interpolate(x, stages[0].shape[2:], mode="bilinear")
+            x = weight @ stage.flatten(2)  # (B, decoder width, h_i w_i)
+            x = (x + bias[:, None].to(x)).unflatten(2, stage.shape[2:])
+            if stage is not stages[0]:
+                x = F.interpolate(x, stages[0].shape[2:], mode="bilinear")  # to (h, w)
             fused = fused + x
         return fused
 
@@ -387,7 +389,10 @@ class ResidualConv(nn.Module):
 
 
 class UNetGenerator(nn.Module):
-    """The U-Net of the ablation study (Table 8): images (B, 3, H, W) -> (B, channels, H, W)."""
+    """The U-Net of the ablation study (Table 8): images (B, 3, H, W) -> (B, channels, H, W).
+
+    channels is K + D, where Table 8 prints d_Phi.
+    """
 
     def __init__(self, channels: int, height: int = 128, width: int = 128, factor: float = 1.0):
         super().__init__()
@@ -417,7 +422,7 @@ class UNetGenerator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         skips = [self.first(images)]  # (B, 80, H, W)
         for down in self.down:
-            skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32)
+            skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32), or H/64
         x = self.center(skips[-1])
         for up in self.up:
             x = up(torch.cat((x, skips.pop()), dim=1))  # ... (B, 80, H, W)
@@ -484,7 +489,7 @@ class Refinement(nn.Module):
         # open: initialisation
         # With the stock one all slots start with nearly the same latents and drift together for
         # thousands of steps: fine in 125 000, hopeless in 3 000. Here each layer begins by adding
-        # zero, and the large bias keeps its norms from changing anything else.
+        # zero, and the large bias keeps its norms from changing much else.
         width, dim = self.embedding.weight.shape
         bias = torch.tensor([1.0, -1.0]).repeat(width // 2 + 1)[:width]
         frame = torch.stack((torch.ones(width), bias), dim=1)  # (width, 2)
@@ -573,6 +578,7 @@ class GlimpseGenerator(nn.Module):
         layers, c_in = [], dim_z_what
         for channels, groups in self.LAYERS[size]:
             # 2 x 2 on the 1 x 1 input, then each layer doubles the side.
+            # (Table 7 prints stride 2 there; on a single pixel it is the same.)
             kernel, stride, padding = (4, 2, 1) if layers else (2, 1, 0)
             layers += [
                 nn.ConvTranspose2d(c_in, channels, kernel, stride, padding, bias=False),
@@ -672,17 +678,20 @@ class Renderer(nn.Module):
         glimpses = at_least_float32(glimpses)
         position, scale = latents.position.flatten(0, 1), latents.scale.flatten(0, 1)  # (B K, 2)
         warped = spatial_transformer(glimpses, position, scale, self.height, self.width)
-        glimpses, glimpse_masks = glimpses.unflatten(0, (batch, slots)).split([3, 1], dim=2)
-        layers, masks = warped.unflatten(0, (batch, slots)).split([3, 1], dim=2)
-        glimpse_masks, masks = glimpse_masks.squeeze(2), masks.squeeze(2)  # (B, K, H, W)
+        glimpses = glimpses.unflatten(0, (batch, slots))  # (B, K, 4, G, G)
+        warped = warped.unflatten(0, (batch, slots))  # (B, K, 4, H, W)
+        glimpse_colors, glimpse_masks = glimpses.split([3, 1], dim=2)  # (B, K, 3 or 1, G, G)
+        layers, masks = warped.split([3, 1], dim=2)  # (B, K, 3 or 1, H, W)
+        masks, glimpse_masks = masks.squeeze(2), glimpse_masks.squeeze(2)
         weights = occlusion_weights(latents.activation, masks, self.alpha_0)
-        return Layers(weights, layers, masks, glimpses, glimpse_masks)
+        return Layers(weights, layers, masks, glimpse_colors, glimpse_masks)
 
 
 # -------------------------------------------------------------------------------------------------
 # Section 4.1: background model, the convolutional autoencoder of [38]
 
-# Encoder and decoder channels, both from image to latents, by number of blocks (those of [38]).
+# Encoder and decoder channels, both from image to latents, by number of blocks, as the authors use
+# [38] for this paper.
 BACKGROUND_CHANNELS = {
     ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
     ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
@@ -785,7 +794,7 @@ class BackgroundAutoencoder(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         # open: images enter the background autoencoder in [0, 1]
-        # (the authors' 0..255 differs only before the first norm)
+        # (in the authors' 0..255 the first layer's coordinates weigh less beside them)
         latents = self.encoder(images)  # (B, 16, 1, 1)
         output = at_least_float32(self.decoder(latents)).sigmoid()  # (B, 4, H, W)
         return output[:, :3], output[:, 3]
@@ -939,7 +948,10 @@ def full_loss(
     entropy_weight: float = 1e-2,
     entropy_warmup: int = 10_000,
 ) -> Tensor:
-    """Reconstruction loss plus the entropy loss at its weight of this step (eq. 22) -> ()."""
+    """Reconstruction loss plus the entropy loss at its weight of this step (eq. 22).
+
+    images (B, 3, H, W) in [0, 1], the model's output for them, step from 0 -> ().
+    """
     weight = entropy_weight * quadratic_warmup(step, entropy_warmup)
     entropy = pixel_entropy_loss(output.weights)
     return reconstruction_loss(images, output.reconstruction) + weight * entropy  # eq. (22)
@@ -1261,19 +1273,23 @@ def tfrecord_source(data: Path, dataset: str) -> Source:
 
 def shapestacks_source(data: Path) -> Source:
     """ShapeStacks: recordings/<scenario>/rgb-*.png, iseg/<scenario>/iseg-*.map, splits/default."""
-    pairs, counts = [], []
+    pairs, counts, missing = [], [], 0
     for part in ("test", "eval", "train"):
         split = data / "splits" / "default" / f"{part}.txt"
         if not split.is_file():
             raise FileNotFoundError(f"{split} is missing: --data is ShapeStacks' own folder")
         for scenario in split.read_text().split():
-            for path in sorted((data / "recordings" / scenario).glob("rgb-*-cam_*-mono-0.png")):
+            paths = sorted((data / "recordings" / scenario).glob("rgb-*-cam_*-mono-0.png"))
+            missing += not paths
+            for path in paths:
                 camera = path.name.split("-cam_")[1].removesuffix(".png")
                 labels = f"iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
                 pairs.append((path, data / "iseg" / scenario / labels))
         counts.append(len(pairs))
     if not pairs:
         raise FileNotFoundError(f"{data / 'recordings'} holds no image of the scenarios in splits")
+    if missing:
+        print(f"warning: {missing} scenarios of splits have no images in {data}", file=sys.stderr)
 
     def decode(pair):
         labels = read_labels(pair[1], channel=0) // 32
@@ -1294,6 +1310,8 @@ def folder_source(data: Path, masks: Optional[Path] = None) -> Source:
     images = list_images(data)
     if not images:
         raise FileNotFoundError(f"{data} holds no PNG, JPEG or WebP image")
+    if masks is not None and not list_images(masks):
+        raise FileNotFoundError(f"{masks} holds no PNG, JPEG or WebP image, and so no masks")
     of_stem = {path.relative_to(masks).with_suffix(""): path for path in list_images(masks)}
     stems = [path.relative_to(data).with_suffix("") for path in images]
     for path, stem in zip(images, stems):
@@ -1337,7 +1355,13 @@ def read_image(path: Path) -> Image.Image:
 
     Raises FileNotFoundError, or DamagedImage with the file's name.
     """
-    return _open_image(path, lambda image: ImageOps.exif_transpose(image).convert("RGB"))
+
+    def convert(image):
+        if image.mode.startswith("I"):  # 16 bits of grey
+            image = Image.fromarray((np.array(image) // 256).astype(np.uint8))
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+    return _open_image(path, convert)
 
 
 def read_labels(path: Path, channel: Optional[int] = None, compact: bool = False) -> np.ndarray:
@@ -1465,7 +1489,7 @@ def feature_bytes(features: dict, name: str, count: int, where: str) -> np.ndarr
     entries = np.frombuffer(features[name], np.uint8)
     if len(entries) != 3 * count or (entries.reshape(-1, 3)[:, :2] != (0x0A, 1)).any():
         raise OSError(
-            f"{where}: {name!r} has {len(entries) // 3} bytes, not {count}: "
+            f"{where}: {name!r} is not {count} entries of one byte ({len(entries)} bytes in all): "
             "the file is of another data set"
         )
     return entries[2::3]
@@ -1524,6 +1548,8 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
             if getattr(error, "errno", None) == errno.ENOSPC:
                 raise OSError(f"no space left on the disk for {folder}: choose another --cache")
             raise
+        if not _matches(folder, state):
+            raise OSError(f"{folder} was written by two programs at once: start one of them again")
     shapes = {"images.u8": (state["count"], 3, height, width)}
     if source.labelled:
         shapes["labels.u8"] = (state["count"], height, width)
@@ -1614,15 +1640,15 @@ def _decode_all(source: Source, folder: Path, height: int, width: int, made_from
             if time.monotonic() > saved + PROGRESS_SECONDS:
                 save(progress)
                 saved = time.monotonic()
-        _check_count(state, source.tolerance)
+        _check_count(state, source)
         save(folder / "manifest.json")
     progress.unlink(missing_ok=True)
     return state
 
 
-def _check_count(state: dict, tolerance: float) -> None:
+def _check_count(state: dict, source: Source) -> None:
     damaged = state["skipped"]
-    if len(damaged) > tolerance * state["items"]:
+    if len(damaged) > source.tolerance * state["items"]:
         raise ValueError(
             f"{len(damaged)} of {state['items']} images are damaged, more than one in a hundred: "
             f"{damaged[0]}"
@@ -1630,7 +1656,10 @@ def _check_count(state: dict, tolerance: float) -> None:
     if damaged:
         print(f"warning: {len(damaged)} damaged images were skipped: {damaged}", file=sys.stderr)
     if state["count"] < 3:
-        raise ValueError(f"there are {state['count']} images: three parts need at least 3")
+        raise ValueError(
+            f"{source.files[0]} and all beside it are {state['count']} images: "
+            "a test, a validation and a training part need at least 3"
+        )
 
 
 def map_in_order(function: Callable, items: Iterable) -> Iterator:

@@ -1567,7 +1567,7 @@ def cut(path: Path, size: int):
         (lambda p: p.write_bytes(record(example(other=np.zeros(4))) * 3), "no feature 'image'"),
         (
             lambda p: p.write_bytes(record(example(image=np.zeros(12), mask=np.zeros(4)))),
-            "'image' has 12 bytes, not 12288: the file is of another data set",
+            "'image' is not 12288 entries of one byte .36 bytes in all.: the file is of another",
         ),
         (lambda p: p.write_text("these are no records"), "record 0: .*no TFRecord file"),
         (lambda p: p.unlink(), "objects_room_train.tfrecords is missing"),

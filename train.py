@@ -26,6 +26,7 @@ import time
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
@@ -182,7 +183,8 @@ def start_processes() -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding a data set takes hours
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -514,7 +516,6 @@ class Job(NamedTuple):
 def make_job(config: Config, training: Training, run: Run, folder: Path, progress: Progress) -> Job:
     """Data and a model of random (or pretrained) weights, on the device."""
     torch.manual_seed(training.seed)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     images = load_data("train", config, training, run).images
     ranks, largest = world()[1], max(training.batch, training.background_batch)
     if len(images) < largest:
@@ -852,7 +853,7 @@ def draw_slots(model: ASTSeg, data: Images, path: Path, count: int = 3) -> None:
             row[1].set_ylabel(name, fontsize=10)
         for k in range(slots):
             x, y = output.attention_position[i, k].tolist()
-            attention_row[k + 1].imshow(output.attention[i, k].cpu(), cmap="gray")
+            attention_row[k + 1].imshow(output.attention[i, k].cpu().numpy(), cmap="gray")
             attention_row[k + 1].plot(
                 (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1), "r+", ms=12
             )
