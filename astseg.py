@@ -87,6 +87,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # -------------------------------------------------------------------------------------------------
 # Section 2: attention maps and soft-argmax for localisation
 
@@ -248,6 +253,8 @@ class Config:
         for name in ("unet_width", "background_width"):
             if not 0 < getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.slots > 255:
+            raise ValueError(f"slots is {self.slots}: label maps hold 255 objects at most")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}: it must be in [0, 1)")
         if not 0 < self.scale_min < self.scale_max:
@@ -1539,17 +1546,16 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
         "fingerprint": zlib.crc32("\n".join(facts).encode()),
         "preprocessing": [height, width, source.crop, source.nearest],
     }
-    state = _read_state(folder / "manifest.json", made_from)
-    if state is None or not _matches(folder, state):
-        try:
-            state = _decode_all(source, folder, height, width, made_from)
-        except (OSError, ValueError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise OSError(f"no space left on the disk for {folder}: choose another --cache")
-            raise
-        if not _matches(folder, state):
-            raise OSError(f"{folder} was written by two programs at once: start one of them again")
+    with _locked(folder):
+        state = _read_state(folder / "manifest.json", made_from)
+        if state is None or not _matches(folder, state):
+            try:
+                state = _decode_all(source, folder, height, width, made_from)
+            except (OSError, ValueError) as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                if getattr(error, "errno", None) == errno.ENOSPC:
+                    raise OSError(f"no space left on the disk for {folder}: choose another --cache")
+                raise
     shapes = {"images.u8": (state["count"], 3, height, width)}
     if source.labelled:
         shapes["labels.u8"] = (state["count"], height, width)
@@ -1567,12 +1573,28 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
     }
 
 
+@contextlib.contextmanager
+def _locked(folder: Path):
+    """One program at a time makes a cache, another one waits; the lock ends with its holder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
 def _read_state(path: Path, made_from: dict) -> Optional[dict]:
     """What a manifest says, if it is there, whole, and of the same source."""
     try:
         state = json.loads(path.read_text())
         return state if state["made_from"] == made_from else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import nbclient
@@ -1101,7 +1102,7 @@ for name, config in torch.load({inputs!r})["configs"].items():
         train.make_optimizer(model, phase, train.Training())
         loss = train.PhaseLoss(model, phase)
         if train.world()[1] > 1:
-            loss = DistributedDataParallel(loss, broadcast_buffers=False)
+            loss = DistributedDataParallel(loss)
         index = train.batch_indices(0, 8, 8, 0)
         background = data["backgrounds"][index] if phase.name == "foreground" else None
         model.zero_grad()
@@ -1289,6 +1290,9 @@ def run_script(*arguments):
     "arguments, message",
     [
         (["--slots", "0"], "slots is 0: it must be at least 1"),
+        (["--slots", "256"], "slots is 256: label maps hold 255 objects at most"),
+        (["--train_images", "0"], "train_images is 0: it must be at least 1"),
+        (["--lr", "inf"], "lr is inf: it must be above 0"),
         (["--batch", "1"], "batch is 1: it must be at least 2"),
         (["--lr", "0"], "lr is 0.0: it must be above 0"),
         (["--phase2_steps", "99999"], "phase 2 is a part of all steps"),
@@ -1329,6 +1333,15 @@ def test_a_run_of_other_settings_is_not_resumed(tmp_path, whole_run):
     folder, _ = whole_run
     with pytest.raises(ValueError, match="was started with slots = 4, not 3"):
         train.main(["--output", str(folder), "--resume", "--slots", "3"])
+
+
+def test_a_run_whose_images_changed_is_not_resumed(tmp_path, whole_run):
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    state = train.load_checkpoint(tmp_path / "run")
+    state["progress"]["settings"]["training images"] = 39
+    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(ValueError, match="was started with training images = 39, not 40"):
+        train.main(["--output", str(tmp_path / "run"), "--resume"])
 
 
 def test_a_run_is_not_overwritten_by_another(whole_run):
@@ -1788,6 +1801,20 @@ def test_an_interrupted_decoding_goes_on_where_it_was(tmp_path, room_records, mo
     assert len(seen) - 8 == 12 - state["items"]
     assert all(torch.equal(a, b) for a, b in zip(parts["all"], expected))
     assert sorted(p.name for p in folder.iterdir()) == ["images.u8", "labels.u8", "manifest.json"]
+
+
+def test_two_programs_that_decode_at_once_wait_for_each_other(tmp_path, photos):
+    script = (
+        "import sys, zlib, astseg; from pathlib import Path\n"
+        "source = astseg.open_source('folder', Path(sys.argv[1]))\n"
+        "images = astseg.cached_parts(source, Path(sys.argv[2]), 32, 32)['all'].images\n"
+        "print(len(images), zlib.crc32(images.numpy().tobytes()))"
+    )
+    command = [sys.executable, "-c", script, str(photos), str(tmp_path / "cache" / "shared")]
+    both = [subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) for _ in range(2)]
+    images = parts_of(tmp_path, "folder", photos, 32, 32)["all"].images
+    expected = f"12 {zlib.crc32(images.numpy().tobytes())}\n".encode()
+    assert [process.communicate()[0] for process in both] == [expected, expected]
 
 
 def test_a_killed_decoding_resumes_to_the_same_arrays(tmp_path, photos):

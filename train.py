@@ -84,8 +84,10 @@ class Training:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 2")
         factors = ("refinement_lr_factor", "renderer_lr_factor")
         for name in ("background_lr", "lr", "steps", "background_steps", *factors):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if self.train_images < 1:
+            raise ValueError(f"train_images is {self.train_images}: it must be at least 1")
         if not 0 <= self.phase2_steps <= self.steps:
             raise ValueError(
                 f"phase2_steps is {self.phase2_steps} and steps {self.steps}: "
@@ -181,10 +183,17 @@ def start_processes() -> None:
     """Join the processes that torchrun started; only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    backend, device, number = "gloo", None, int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(days=1))  # decoding a data set takes hours
+        if number >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are {torch.cuda.device_count()} GPUs and more processes: "
+                "lower --nproc_per_node"
+            )
+        backend, device = "nccl", torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    # A day: the first process may decode a data set for hours while the others wait.
+    dist.init_process_group(backend, timeout=timedelta(days=1), device_id=device)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -206,18 +215,28 @@ def first_process_first():
         dist.barrier()
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is summed likewise."""
+
+    @staticmethod
+    def forward(context, tensor):
+        return summed(tensor.clone())
+
+    @staticmethod
+    def backward(context, gradient):
+        return summed(gradient.clone())
+
+
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes (PyTorch's own one needs a GPU)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world()[1] == 1:
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce  # its gradient is summed as well
-
         x32, ranks = x.float(), world()[1]
-        mean = all_reduce(x32.mean((0, 2, 3))) / ranks
+        mean = SumOverProcesses.apply(x32.mean((0, 2, 3))) / ranks
         centered = x32 - mean[:, None, None]
-        variance = all_reduce(centered.square().mean((0, 2, 3))) / ranks
+        variance = SumOverProcesses.apply(centered.square().mean((0, 2, 3))) / ranks
         with torch.no_grad():
             count = ranks * x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
@@ -250,8 +269,9 @@ def load_data(part: str, config: Config, training: Training, run: Run) -> Images
 
 @lru_cache(maxsize=1)
 def load_parts(dataset: str, data: str, masks: str, cache: str, size: tuple) -> dict[str, Images]:
-    source = astseg.open_source(dataset, Path(data), Path(masks) if masks else None)
-    where = zlib.crc32(f"{Path(data).resolve()} {masks and Path(masks).resolve()}".encode())
+    paths = [Path(path).resolve() if path else None for path in (data, masks)]
+    source = astseg.open_source(dataset, *paths)
+    where = zlib.crc32(str(paths).encode())
     folder = Path(cache) / f"{dataset}-{size[0]}x{size[1]}-{where:08x}"
     with first_process_first():
         return astseg.cached_parts(source, folder, *size)
@@ -513,7 +533,7 @@ class Job(NamedTuple):
     progress: Progress
 
 
-def make_job(config: Config, training: Training, run: Run, folder: Path, progress: Progress) -> Job:
+def make_job(config: Config, training: Training, run: Run, folder: Path) -> Job:
     """Data and a model of random (or pretrained) weights, on the device."""
     torch.manual_seed(training.seed)
     images = load_data("train", config, training, run).images
@@ -532,21 +552,25 @@ def make_job(config: Config, training: Training, run: Run, folder: Path, progres
     validation = Images(*(x if x is None else x[: run.evaluate_images] for x in validation))
     model = ASTSeg(config).to("cuda" if torch.cuda.is_available() else "cpu")
     synchronise_batch_norm(model)
+    if training.compile and torch.cuda.is_available():
+        # transformers sets hooks at its first call, which would break up a compiled graph.
+        model.eval().segment(torch.zeros(1, 3, *config.size, device="cuda"))
     if training.pretrained and not run.resume:
         model.generator.load_backbone(training.pretrained)
     torch.manual_seed(training.seed + 1000 * world()[0])  # processes draw their own dropouts
-    return Job(model, on_device(images), validation, training, run, folder, progress)
+    return Job(model, on_device(images), validation, training, run, folder, Progress({}))
 
 
 def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
     """The whole curriculum, from the start or from a checkpoint."""
     started = time.time()
     state = load_checkpoint(folder) if run.resume else None
-    settings = flat_settings(config, training, run)
+    job = make_job(config, training, run, folder)
+    settings = {**flat_settings(config, training, run), "training images": len(job.images)}
     progress = Progress(**state["progress"]) if state else Progress(settings)
     check_same_settings(folder, progress.settings, settings)
     progress.started = started - progress.seconds
-    job = make_job(config, training, run, folder, progress)
+    job = job._replace(progress=progress)
     if state:
         job.model.load_state_dict(state["model"])
     # A set that is mapped from a file has its backgrounds in one as well.
@@ -567,10 +591,12 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
             progress.phase, progress.step = number, phase.start
         title = f"phase {number + 1} of {len(phases)}, {PHASE_TITLES[phase.name]}"
         print(f"\n{title}: steps {progress.step} to {phase.stop}\n{LINE_HEAD}")
-        with memory_explained(phase, training):
-            run_phase(job, phase, optimizer, backgrounds)
-        if backgrounds is not None and memory is not None:
-            memory.unlink()
+        try:
+            with memory_explained(phase, training):
+                run_phase(job, phase, optimizer, backgrounds)
+        finally:
+            if memory is not None:
+                memory.unlink(missing_ok=True)
     return job
 
 
@@ -602,7 +628,7 @@ def make_step(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
     bf16 = training.bf16 and device.type == "cuda"
     network = PhaseLoss(job.model, phase, training.compile and device.type == "cuda")
     if world()[1] > 1:
-        network = DistributedDataParallel(network, broadcast_buffers=False)
+        network = DistributedDataParallel(network)
 
     def do_step(step: int) -> torch.Tensor:
         images, background = load_batch(job, phase, step, backgrounds)
@@ -637,7 +663,7 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
         judge = phase.name != "background" and progress.step % run.evaluate_every == 0
         log = last or judge or progress.step % run.log_every == 0
         save = last or progress.step % run.checkpoint_every == 0
-        stop = asked_to_stop(log or save, device_of(model))
+        stop = asked_to_stop(log or save or step % 20 == 0, device_of(model))
         if log or save or stop:
             mean = summed(total / world()[1]).item() / (progress.step - since)
             if not math.isfinite(mean):
@@ -656,6 +682,7 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
             write_log(folder, progress)
             save_checkpoint(folder, model, optimizer, progress)
         if stop:
+            summed(torch.zeros(1, device=device_of(model)))  # all wait until the first has saved
             raise KeyboardInterrupt
 
 
@@ -668,7 +695,9 @@ def signals_kept():
 
     def note(number, _):
         SIGNALS.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
+        if number == signal.SIGINT:
+            print("\nfinishing the step and saving; Ctrl-C again to stop at once", file=sys.stderr)
+            signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -1004,7 +1033,7 @@ def choose_background(config: Config, training: Training, run: Run, folder: Path
     """Simple or complex, by whether the backgrounds of a short phase 1 differ ([38])."""
     # open: that short phase is 2 500 steps (or all there are) of the complex autoencoder
     config = dataclasses.replace(config, background_kind="complex")
-    job = make_job(config, training, run, folder, Progress({}))
+    job = make_job(config, training, run, folder)
     phase = Phase("background", 0, min(2500, training.background_steps))
     optimizer = make_optimizer(job.model, phase, training)
     do_step = make_step(job, phase, optimizer, None)
@@ -1020,7 +1049,7 @@ def choose_background(config: Config, training: Training, run: Run, folder: Path
 
 def benchmark(config: Config, training: Training, run: Run) -> None:
     """Print speed, memory and arithmetic of each phase, and how long the curriculum would take."""
-    job = make_job(config, training, run, Path(), Progress({}))
+    job = make_job(config, training, run, Path())
     device, hours = device_of(job.model), 0.0
 
     def timed(function, start: int) -> float:
@@ -1040,7 +1069,8 @@ def benchmark(config: Config, training: Training, run: Run) -> None:
     for phase in curriculum(training):
         batch, backgrounds = batch_size(phase, training), None
         if phase.name == "foreground":
-            backgrounds = memorise_backgrounds(job.model, job.images)
+            backgrounds = torch.zeros_like(job.images)
+        job.model.train()
         optimizer = make_optimizer(job.model, phase, training)
         set_learning_rate(optimizer, phase, phase.start, training)
         eager = job._replace(training=dataclasses.replace(training, compile=False))
@@ -1103,16 +1133,18 @@ def read_settings(folder: Path) -> dict:
     """The flat settings of a run folder: those of Config, Training and the data set."""
     path = folder / "settings.json"
     try:
-        return json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: there is no run in that folder") from None
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
 def flat_settings(config: Config, training: Training, run: Run) -> dict:
-    source = {name: getattr(run, name) for name in ("dataset", "data", "masks", "cache")}
-    return {**dataclasses.asdict(config), **dataclasses.asdict(training), **source}
+    paths = {name: getattr(run, name) for name in ("data", "masks", "cache")}
+    paths = {name: path and str(Path(path).resolve()) for name, path in paths.items()}
+    settings = {**dataclasses.asdict(config), **dataclasses.asdict(training)}
+    return {**settings, "dataset": run.dataset, **paths}
 
 
 def check_same_settings(folder: Path, stored: dict, settings: dict) -> None:
@@ -1188,11 +1220,10 @@ def main(arguments: Optional[list[str]] = None) -> None:
 if __name__ == "__main__":
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         print("train.py: interrupted; go on with --resume", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
