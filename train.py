@@ -149,8 +149,8 @@ PRESETS = {
     "shapes": {
         **SMALL, **dict(
             height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5,
-            entropy_weight=0.03, entropy_warmup=1000, background_batch=8,
-            steps=4600, phase2_steps=3600, warmup=100, decay_at=0.75, train_images=8000,
+            entropy_weight=0.02, entropy_warmup=1000, background_batch=8,
+            steps=4600, phase2_steps=3600, warmup=100, decay_at=0.65, train_images=8000,
         ),
     },
 }  # fmt: skip
