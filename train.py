@@ -822,10 +822,10 @@ def new_figure(rows: int, columns: int, size: tuple[float, float], ticks: bool =
     return figure, axes
 
 
-def save_figure(figure, path: Path) -> None:
+def save_figure(figure, path: Path, w_pad: float = 0.4) -> None:
     import matplotlib.pyplot as plt
 
-    figure.tight_layout(pad=0.4)
+    figure.tight_layout(pad=0.4, w_pad=w_pad)
     write_beside(path, lambda p: figure.savefig(p, dpi=110, bbox_inches="tight", format="png"))
     plt.close(figure)
 
@@ -868,28 +868,25 @@ def draw_slots(model: ASTSeg, data: Images, path: Path, count: int = 3) -> None:
     shown = output.weights[:, 1:, None] * output.layers + (1 - output.weights[:, 1:, None]) * 0.85
     glimpses = output.glimpse_masks[:, :, None] * output.glimpses
     glimpses = glimpses + (1 - output.glimpse_masks[:, :, None]) * 0.85
-    figure, axes = new_figure(3 * len(images), slots + 1, (1.4 * (slots + 1), 3.6 * len(images)))
+    figure, axes = new_figure(3 * len(images), slots + 1, (1.4 * (slots + 1), 3.9 * len(images)))
     for i in range(len(images)):
-        attention_row, glimpse_row, layer_row = axes[3 * i : 3 * i + 3]
-        attention_row[0].imshow(channels_last(images[i]))
-        attention_row[0].set_title("input", fontsize=10)
-        glimpse_row[0].axis("off")
-        layer_row[0].imshow(channels_last(output.reconstruction[i]))
-        layer_row[0].set_xlabel("reconstruction", fontsize=10)
-        for row, name in zip(
-            (attention_row, glimpse_row, layer_row), ("attention", "glimpse", "layer")
-        ):
-            row[1].set_ylabel(name, fontsize=10)
+        rows = dict(zip(("attention", "glimpse", "layer"), axes[3 * i : 3 * i + 3]))
+        rows["attention"][0].imshow(channels_last(images[i]))
+        rows["attention"][0].set_ylabel("input", fontsize=10)
+        rows["glimpse"][0].axis("off")
+        rows["layer"][0].imshow(channels_last(output.reconstruction[i]))
+        rows["layer"][0].set_ylabel("reconstruction", fontsize=10)
+        for name, row in rows.items():  # left of the first slot, without widening all columns
+            where = dict(rotation=90, va="center", ha="right", transform=row[1].transAxes)
+            row[1].text(-0.03, 0.5, name, fontsize=10, in_layout=False, **where)
         for k in range(slots):
-            x, y = output.attention_position[i, k].tolist()
-            attention_row[k + 1].imshow(output.attention[i, k].cpu().numpy(), cmap="gray")
-            attention_row[k + 1].plot(
-                (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1), "r+", ms=12
-            )
-            attention_row[k + 1].set_title(f"slot {k + 1}", fontsize=10)
-            glimpse_row[k + 1].imshow(channels_last(glimpses[i, k]))
-            layer_row[k + 1].imshow(channels_last(shown[i, k]))
-    save_figure(figure, path)
+            x, y = ((output.attention_position[i, k].cpu() + 1) / 2).tolist()
+            rows["attention"][k + 1].imshow(output.attention[i, k].cpu().numpy(), cmap="gray")
+            rows["attention"][k + 1].plot(x * (width - 1), y * (height - 1), "r+", ms=12)
+            rows["glimpse"][k + 1].imshow(channels_last(glimpses[i, k]))
+            rows["layer"][k + 1].imshow(channels_last(shown[i, k]))
+            axes[0][k + 1].set_title(f"slot {k + 1}", fontsize=10)
+    save_figure(figure, path, w_pad=2.0)
 
 
 def draw_curves(history: list[dict], path: Path) -> None:
