@@ -20,7 +20,7 @@ import time
 import zlib
 from pathlib import Path
 
-# The sizes here are tiny: several threads would only wait for each other, more so on a busy machine.
+# The sizes here are tiny: several threads would only wait for each other, most on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import nbclient
