@@ -1204,6 +1204,7 @@ def _color(hue: Tensor, saturation: float, value: float) -> Tensor:
 # order test, validation, training, and what decodes an item.
 
 CLEVRTEX_VARIANTS = {"clevrtex": "full"} | {v: v for v in ("outd", "camo", "pbg", "vbg", "grassbg")}
+OBJECTSROOM_VARIANTS = ("six_objects", "identical_color", "empty_room")  # published as test sets
 # Image height and width, number of masks, and how many of those are background.
 TFRECORDS = {
     "clevr": ("clevr_with_masks_train.tfrecords", 240, 320, 11, 1),
@@ -1269,8 +1270,8 @@ def tfrecord_source(data: Path, dataset: str) -> Source:
         return Image.fromarray(image.reshape(height, width, 3)), labels
 
     def ends(count):
-        if dataset in ("six_objects", "identical_color", "empty_room"):
-            return count, count  # published as test sets
+        if dataset in OBJECTSROOM_VARIANTS:
+            return count, count
         # open: CLEVR's first tenths by index, as the authors take them
         return (10_000, 20_000) if dataset == "objectsroom" and count >= 30_000 else tenths(count)
 
@@ -1657,8 +1658,9 @@ def _decode_all(source: Source, folder: Path, height: int, width: int, made_from
                 state["count"] += 1
                 for file, name, array in zip(files, names, result):
                     size, crc = state["arrays"][name]
-                    file.write(array.tobytes())
-                    state["arrays"][name] = [size + array.nbytes, zlib.crc32(array.tobytes(), crc)]
+                    data = array.tobytes()
+                    file.write(data)
+                    state["arrays"][name] = [size + len(data), zlib.crc32(data, crc)]
             if time.monotonic() > saved + PROGRESS_SECONDS:
                 save(progress)
                 saved = time.monotonic()

@@ -164,7 +164,7 @@ def preset(run: Run) -> dict:
     family = run.dataset  # variants have the settings of the data set itself
     if family in astseg.CLEVRTEX_VARIANTS:
         family = "clevrtex"
-    if family in ("six_objects", "identical_color", "empty_room"):
+    if family in astseg.OBJECTSROOM_VARIANTS:
         family = "objectsroom"
     phase1 = dict(background_steps=2500) if family == "clevr" else {}
     return {**astseg.PAPER_SETTINGS.get(family, {}), **phase1}
