@@ -957,9 +957,8 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
     repeated = sorted({stem for stem in stems if stems.count(stem) > 1})
     if repeated:
         raise ValueError(f"two images are named {repeated[0]}: their results would collide")
-    pictures = [
-        astseg.read_image(path) for path in paths
-    ]  # all are read before anything is written
+    # All are read before anything is written.
+    pictures = [astseg.read_image(path) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     height, width = model.config.size
     for path, picture in zip(paths, pictures):
@@ -1047,7 +1046,7 @@ def choose_background(config: Config, training: Training, run: Run, folder: Path
 def benchmark(config: Config, training: Training, run: Run) -> None:
     """Print speed, memory and arithmetic of each phase, and how long the curriculum would take."""
     job = make_job(config, training, run, Path())
-    device, hours = device_of(job.model), 0.0
+    device, hours = device_of(job.model), []
 
     def timed(function, start: int) -> float:
         """Median seconds of a call, in blocks of 10: the device is waited for only between them."""
@@ -1084,13 +1083,13 @@ def benchmark(config: Config, training: Training, run: Run) -> None:
         memory = "-"
         if device.type == "cuda":
             memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        hours += (phase.stop - phase.start) * seconds / 3600
+        hours.append((phase.stop - phase.start) * seconds / 3600)
         print(
             f"{phase.name:10} {1 / seconds:9.2f} {batch / seconds:9.0f} {work:11.0f} "
             f"{work / seconds:8.0f} {loading / seconds:5.1%} {memory:>12} "
-            f"{(phase.stop - phase.start) * seconds / 3600:9.2f}"
+            f"{hours[-1]:9.2f}"
         )
-    print(f"the whole curriculum: {hours:.2f} hours")
+    print(f"the whole curriculum: {sum(hours):.2f} hours")
 
 
 # -------------------------------------------------------------------------------------------------
