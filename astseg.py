@@ -1503,23 +1503,31 @@ def feature_bytes(features: dict, name: str, count: int, where: str) -> np.ndarr
     return entries[2::3]
 
 
+def centre_crop(image: Image.Image, height: int, width: int, crop: float = 1.0) -> tuple:
+    """The box (left, top, right, bottom) of the largest centre crop of aspect height x width.
+
+    crop in (0, 1] shrinks its sides.
+    """
+    w, h = image.size
+    side_x = max(1, int(crop * min(w, h * width / height)))
+    side_y = max(1, int(crop * min(h, w * height / width)))
+    left, top = round((w - side_x) / 2), round((h - side_y) / 2)
+    return left, top, left + side_x, top + side_y
+
+
 def crop_and_resize(image, labels, height: int, width: int, crop: float = 1.0, nearest="pillow"):
     """Centre crop to the aspect of height x width, then resize.
 
     image (PIL), labels (h, w) uint8 or None -> (3, height, width) uint8, (height, width) or None.
     Images bilinearly, with antialiasing; label maps to their nearest neighbour.
     """
-    w, h = image.size
-    side_x = max(1, int(crop * min(w, h * width / height)))
-    side_y = max(1, int(crop * min(h, w * height / width)))
-    left, top = round((w - side_x) / 2), round((h - side_y) / 2)
-    box = (left, top, left + side_x, top + side_y)
+    box = left, top, right, bottom = centre_crop(image, height, width, crop)
     image = image.crop(box).resize((width, height), Image.Resampling.BILINEAR)
     pixels = np.array(image).transpose(2, 0, 1)
     if labels is None:
         return pixels, None
     if nearest == "torch":
-        labels = torch.from_numpy(labels[top : top + side_y, left : left + side_x])
+        labels = torch.from_numpy(labels[top:bottom, left:right])
         labels = F.interpolate(labels[None, None], size=(height, width), mode="nearest")
         return pixels, labels[0, 0].numpy()
     labels = Image.fromarray(labels).crop(box)

@@ -847,6 +847,20 @@ def test_each_epoch_shows_each_image_once():
     assert torch.equal(train.batch_indices(7, 4, 20, 7), seen[28:32])
 
 
+def test_flip_mirrors_an_image_and_its_background_alike():
+    images = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    backgrounds, phase = 255 - images, train.Phase("foreground", 0, 100)
+    for flip in (False, True):
+        training = train.Training(batch=40, flip=flip)
+        job = train.Job(torch.nn.Linear(1, 1), images, None, training, None, None, None)
+        index = train.batch_indices(3, 40, 40, training.seed)
+        found, behind = train.load_batch(job, phase, 3, backgrounds)
+        straight = (found * 255 == images[index]).all(3).all(2).all(1)
+        mirrored = (found * 255 == images[index].flip(3)).all(3).all(2).all(1)
+        assert (straight ^ mirrored).all() and mirrored.any() == flip and straight.any()
+        assert torch.allclose(found + behind, torch.ones(1))
+
+
 def test_each_phase_trains_its_own_parts_with_its_own_optimiser():
     model, t = ASTSeg(Config(**SMALL)), train.Training()
     images, background = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)

@@ -75,6 +75,7 @@ class Training:
     )
     bf16: bool = setting(True, "Use bf16 autocast where there is a GPU.")
     compile: bool = setting(True, "Use torch.compile where there is a GPU.")
+    flip: bool = setting(False, "Mirror training images left to right at random; not in the paper.")
     train_images: int = setting(10_000, "Images that the embedded data set draws for training.")
     seed: int = setting(0, "Seed of the weights and of the order of images.")
 
@@ -616,10 +617,12 @@ def load_batch(job: Job, phase: Phase, step: int, backgrounds: Optional[torch.Te
     """Images of a step and, in phase 2, their backgrounds: (B, 3, H, W) floats, on the device."""
     batch, device = batch_size(phase, job.training), device_of(job.model)
     index = batch_indices(step, batch, len(job.images), job.training.seed, job.images.device)
-    images = to_float(job.images[index].to(device, non_blocking=True))
-    if backgrounds is None:
-        return images, None
-    return images, to_float(backgrounds[index].to(device, non_blocking=True))
+    sources = (job.images,) if backgrounds is None else (job.images, backgrounds)
+    pair = [to_float(source[index].to(device, non_blocking=True)) for source in sources]
+    if job.training.flip:  # an image and its background alike
+        mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
+        pair = [torch.where(mirrored, x.flip(3), x) for x in pair]
+    return pair[0], None if backgrounds is None else pair[1]
 
 
 def make_step(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Tensor]):
@@ -962,42 +965,32 @@ def segment_files(folder: Path, paths: list[Path], output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
     height, width = model.config.size
     for path, picture in zip(paths, pictures):
-        factor = min(picture.width / width, picture.height / height)  # picture pixels a pixel
-        left = max(0.0, (picture.width - factor * width) / 2)  # rounding may go below 0
-        top = max(0.0, (picture.height - factor * height) / 2)
-        right, bottom = min(picture.width, left + factor * width), top + factor * height
-        box = (left, top, right, min(picture.height, bottom))
-        small = picture.resize((width, height), Image.Resampling.BILINEAR, box)
-        pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1)[None]
+        left, top, right, bottom = box = astseg.centre_crop(picture, height, width)
+        pixels, _ = astseg.crop_and_resize(picture, None, height, width)
         with torch.no_grad():
-            prediction = model(to_float(pixels.to(device_of(model))))
-        labels = prediction.weights[0].argmax(0).byte().cpu().numpy()
-        box = [round(side) for side in box]
-        crop = Image.fromarray(labels).resize((box[2] - box[0], box[3] - box[1]), Image.NEAREST)
+            prediction = model(to_float(torch.from_numpy(pixels)[None].to(device_of(model))))
+        small = Image.fromarray(prediction.weights[0].argmax(0).byte().cpu().numpy())
         whole = Image.new("L", picture.size)
-        whole.paste(crop, box[:2])
+        whole.paste(small.resize((right - left, bottom - top), Image.NEAREST), (left, top))
         labels = np.array(whole)
-        objects = describe_objects(labels, prediction, (left, top), factor)
+        objects = describe_objects(labels, prediction, box)
         save_segmentation(output, path.stem, picture, labels, objects, model.config.slots)
         print(f"{path}: {len(objects)} objects -> {output / path.stem}_labels.png")
 
 
-def describe_objects(labels: np.ndarray, prediction: astseg.Output, corner, factor) -> list[dict]:
+def describe_objects(labels: np.ndarray, prediction: astseg.Output, box: tuple) -> list[dict]:
     """One entry for each slot that shows in the label map, in pixels of the user's image."""
-    height, width = prediction.weights.shape[-2:]
+    left, top, right, bottom = box  # of the crop that the model saw
     objects = []
     for label in np.unique(labels[labels > 0]).tolist():
         rows, columns = np.nonzero(labels == label)
-        x, y = prediction.position[0, label - 1].tolist()
+        x, y = ((prediction.position[0, label - 1] + 1) / 2).tolist()
         scale_x, scale_y = prediction.scale[0, label - 1].tolist()
         objects.append(
             {
                 "label": label,
-                "position": [
-                    corner[0] + (x + 1) / 2 * width * factor,
-                    corner[1] + (y + 1) / 2 * height * factor,
-                ],
-                "size": [width * factor / scale_x, height * factor / scale_y],
+                "position": [left + x * (right - left), top + y * (bottom - top)],
+                "size": [(right - left) / scale_x, (bottom - top) / scale_y],
                 "activation": prediction.activation[0, label - 1].item(),
                 "pixels": len(rows),
                 "box": [int(v) for v in (columns.min(), rows.min(), columns.max(), rows.max())],
