@@ -28,6 +28,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
@@ -229,29 +230,26 @@ def test_generators_take_even_and_odd_sizes(height, width):
 @pytest.mark.parametrize("size, height, width", [("tiny", 33, 47), ("b0", 64, 96)])
 def test_the_reordered_decoder_says_what_the_library_says(size, height, width):
     generator = astseg.SegformerGenerator(9, size, dropout=0.0).train()
+    library = transformers.SegformerForSemanticSegmentation(generator.segformer.config).train()
+    library.load_state_dict(generator.segformer.state_dict())
     images = torch.rand(2, 3, height, width)
-    expected = generator.segformer(images).logits
-    ours = generator(images)
+    expected, ours = library(images).logits, generator(images)
     close(ours, expected, 1e-5)
     weights = torch.rand_like(ours)
-    names, parameters = zip(*generator.named_parameters())
-    for name, a, b in zip(
-        names,
-        torch.autograd.grad((expected * weights).sum(), parameters),
-        torch.autograd.grad((ours * weights).sum(), parameters),
+    for a, b in zip(
+        torch.autograd.grad((expected * weights).sum(), library.parameters()),
+        torch.autograd.grad((ours * weights).sum(), generator.parameters()),
     ):
         close(a / a.abs().max().clamp(min=1e-3), b / a.abs().max().clamp(min=1e-3), 1e-3)
 
 
 def save_segformer(folder: Path, size: str):
     """A classifier in the layout of nvidia/mit-b3: its backbone under the prefix segformer."""
-    from transformers import SegformerConfig, SegformerForImageClassification
-
     depths, widths, heads, decoder = astseg.MIT_SIZES[size]
-    config = SegformerConfig(
+    config = transformers.SegformerConfig(
         depths=list(depths), hidden_sizes=list(widths), num_attention_heads=list(heads)
     )
-    model = SegformerForImageClassification(config)
+    model = transformers.SegformerForImageClassification(config)
     model.save_pretrained(folder)
     return model
 
