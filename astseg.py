@@ -169,9 +169,9 @@ PAPER_SETTINGS = {
 }
 
 
-def setting(default, help: str):
+def setting(default, help: str, **flag):
     """A dataclass field with one sentence of help, from which train.py makes its flags."""
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, **flag})
 
 
 @dataclass(frozen=True)
@@ -384,8 +384,8 @@ def resize_bilinear(x: Tensor, height: int, width: int) -> Tensor:
         return x
 
     def weights(old: int, new: int) -> Tensor:  # (new, old)
-        unit = torch.eye(old, device=x.device)[None]
-        return F.interpolate(unit, new, mode="linear")[0].T.to(x.dtype)
+        unit = torch.eye(old, dtype=x.dtype, device=x.device)[None]
+        return F.interpolate(unit, new, mode="linear")[0].T
 
     x = weights(x.shape[2], width) @ x  # (B, h, width, C)
     return (weights(x.shape[1], height) @ x.flatten(2)).unflatten(2, (width, -1))
@@ -1263,6 +1263,8 @@ def clevrtex_source(data: Path, dataset: str) -> Source:
     if not images:
         raise FileNotFoundError(f"{data} holds no image CLEVRTEX_{variant}_NNNNNN.png")
     pairs = [(path, path.with_name(path.stem + "_flat.png")) for path in images]
+    for path in set(data.rglob(f"CLEVRTEX_{variant}_*_flat.png")).difference(p for _, p in pairs):
+        raise FileNotFoundError(f"{path} has no image {path.name.replace('_flat', '')} beside it")
 
     def decode(pair):
         return read_image(pair[0]), read_labels(pair[1])
@@ -1419,7 +1421,7 @@ def _open_image(path: Path, convert: Callable):
             return convert(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise DamagedImage(f"cannot read {path} as an image ({error})") from error
 
 
@@ -1574,16 +1576,12 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
         "fingerprint": zlib.crc32("\n".join(facts).encode()),
         "preprocessing": [height, width, source.crop, source.nearest],
     }
-    with _locked(folder):
-        state = _read_state(folder / "manifest.json", made_from)
-        if state is None or not _matches(folder, state):
-            try:
-                state = _decode_all(source, folder, height, width, made_from)
-            except (OSError, ValueError) as error:
-                shutil.rmtree(folder, ignore_errors=True)
-                if getattr(error, "errno", None) == errno.ENOSPC:
-                    raise OSError(f"no space left on the disk for {folder}: choose another --cache")
-                raise
+    state = _whole_cache(folder, made_from)
+    if state is None:
+        with _locked(folder):
+            # Another program may have made it while this one waited.
+            state = _whole_cache(folder, made_from)
+            state = state or _decode_all(source, folder, height, width, made_from)
     shapes = {"images.u8": (state["count"], 3, height, width)}
     if source.labelled:
         shapes["labels.u8"] = (state["count"], height, width)
@@ -1603,18 +1601,33 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """One program at a time makes a cache, another one waits; the lock ends with its holder."""
+    """One program at a time makes a cache, another one waits; the lock ends with its holder.
+
+    What cannot be read or written leaves nothing behind.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    lock = os.open(folder.parent, os.O_RDONLY)
+    lock = os.open(folder.parent, os.O_RDONLY) if fcntl else None
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    except (OSError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others' caches may be beside it
+            folder.parent.rmdir()
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(f"no space left on the disk for {folder}: choose another --cache")
+        raise
     finally:
-        os.close(lock)
+        if fcntl:
+            os.close(lock)
+
+
+def _whole_cache(folder: Path, made_from: dict) -> Optional[dict]:
+    """The manifest of a cache that is whole and of the same source, or None."""
+    state = _read_state(folder / "manifest.json", made_from)
+    return state if state and _matches(folder, state) else None
 
 
 def _read_state(path: Path, made_from: dict) -> Optional[dict]:

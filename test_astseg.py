@@ -32,6 +32,7 @@ import transformers
 from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import astseg
 import train
@@ -229,18 +230,19 @@ def test_generators_take_even_and_odd_sizes(height, width):
 
 @pytest.mark.parametrize("size, height, width", [("tiny", 33, 47), ("b0", 64, 96)])
 def test_the_reordered_decoder_says_what_the_library_says(size, height, width):
-    generator = astseg.SegformerGenerator(9, size, dropout=0.0).train()
-    library = transformers.SegformerForSemanticSegmentation(generator.segformer.config).train()
-    library.load_state_dict(generator.segformer.state_dict())
-    images = torch.rand(2, 3, height, width)
+    generator = astseg.SegformerGenerator(9, size, dropout=0.0).double().train()
+    library = transformers.SegformerForSemanticSegmentation(generator.segformer.config).double()
+    library.train().load_state_dict(generator.segformer.state_dict())
+    images = torch.rand(2, 3, height, width, dtype=torch.float64)
     expected, ours = library(images).logits, generator(images)
-    close(ours, expected, 1e-5)
+    assert close(ours, expected, 1e-9)
     weights = torch.rand_like(ours)
     for a, b in zip(
         torch.autograd.grad((expected * weights).sum(), library.parameters()),
         torch.autograd.grad((ours * weights).sum(), generator.parameters()),
     ):
-        close(a / a.abs().max().clamp(min=1e-3), b / a.abs().max().clamp(min=1e-3), 1e-3)
+        largest = a.abs().max().clamp(min=1e-3)
+        assert close(a / largest, b / largest, 1e-9)
 
 
 def save_segformer(folder: Path, size: str):
@@ -1063,38 +1065,44 @@ def test_the_benchmark_reports_each_phase_and_the_whole(few_images, capsys):
     assert [line.split()[0] for line in lines[2:5]] == ["background", "foreground", "joint"]
     for line, batch in zip(lines[2:5], (4, 4, 4)):
         steps, images, flops, speed = map(float, line.split()[1:5])
-        assert images == pytest.approx(batch * steps, abs=1) and flops >= 0 and speed >= 0
+        assert images == pytest.approx(batch * steps, abs=1)
+        assert speed == pytest.approx(flops * steps, rel=0.01) and speed > 0
     assert re.fullmatch(r"the whole curriculum: \d+\.\d\d hours", lines[5])
 
 
-def test_autocast_and_compilation_keep_the_loss(few_images):
+def test_benchmark_takes_a_number_of_steps_or_200():
+    assert train.parse_arguments(["--benchmark"])[2].benchmark == 200
+    assert train.parse_arguments(["--benchmark", "30"])[2].benchmark == 30
+
+
+def losses_and_gradients(loss, step, *batch):
+    loss.zero_grad()
+    value = loss(step, *batch)
+    value.backward()
+    return value.item(), [p.grad.clone() for p in loss.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["background", "foreground", "joint"])
+def test_autocast_and_compilation_keep_the_loss(name):
     """What a GPU uses, on the CPU: bf16 autocast, and torch.compile without recompilation."""
     torch._dynamo.reset()
-    model, images = ASTSeg(Config(**SMALL)), torch.rand(4, 3, 32, 32)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    for name in ("background", "foreground"):
-        phase = train.Phase(name, 0, 10)
-        plain = train.PhaseLoss(model.eval(), phase)
-        with pytest.MonkeyPatch.context() as patch:
-            compile = torch.compile
-            patch.setattr(torch, "compile", lambda module: compile(module, backend=backend))
-            compiled = train.PhaseLoss(model, phase, compile=True)
-        background = None if name == "background" else torch.rand(4, 3, 32, 32)
-        count = 0
-        for step in range(3):
-            loss = compiled(step, images, background)
-            assert loss.item() == pytest.approx(plain(step, images, background).item(), rel=1e-4)
-            count = count or len(graphs)
-            assert len(graphs) == count > 0
-        with torch.autocast("cpu", torch.bfloat16):
-            half = plain(0, images, background)
-        assert half.dtype == torch.float32
-        assert half.item() == pytest.approx(loss.item(), rel=0.05)
+    model, images = ASTSeg(Config(**SMALL, dropout=0.0)).train(), torch.rand(4, 3, 32, 32)
+    model(images)  # transformers sets hooks at its first call
+    background = torch.rand(4, 3, 32, 32) if name == "foreground" else None
+    phase = train.Phase(name, 0, 10)
+    train.make_optimizer(model, phase, train.Training())
+    plain, compiled = train.PhaseLoss(model, phase), train.PhaseLoss(model, phase)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.network = torch.compile(plain.network, backend=counter)
+    for step in range(3):
+        expected, gradients = losses_and_gradients(plain, step, images, background)
+        value, ours = losses_and_gradients(compiled, step, images, background)
+        assert value == pytest.approx(expected, rel=1e-4) and len(ours) == len(gradients)
+        assert all(close(a, b, 1e-4) for a, b in zip(ours, gradients))
+        assert counter.frame_count == 1  # one graph, once
+    with torch.autocast("cpu", torch.bfloat16):
+        half = plain(0, images, background)
+    assert half.dtype == torch.float32 and half.item() == pytest.approx(expected, rel=0.05)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1111,6 +1119,7 @@ for name, config in torch.load({inputs!r})["configs"].items():
     model = astseg.ASTSeg(astseg.Config(**config)).train()
     model.renderer.log_alpha_0.data.fill_(0.0)
     train.synchronise_batch_norm(model)
+    model.double()
     data = torch.load({inputs!r})
     for phase in ("background", "foreground", "joint"):
         phase = train.Phase(phase, 0, 10)
@@ -1126,7 +1135,7 @@ for name, config in torch.load({inputs!r})["configs"].items():
         if train.world()[0] == 0:
             torch.save(found, f"{{sys.argv[1]}}-{{name}}-{{phase.name}}.pt")
     buffers = dict(model.named_buffers())
-    scores = train.evaluate(model, astseg.draw_shapes(107, 0, 32))
+    scores = train.evaluate(model.float(), astseg.draw_shapes(107, 0, 32))
     if train.world()[0] == 0:
         torch.save((buffers, scores), f"{{sys.argv[1]}}-{{name}}.pt")
 """
@@ -1144,7 +1153,7 @@ def torchrun(*command):
 
 def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
     torch.manual_seed(3)
-    images, backgrounds = torch.rand(2, 8, 3, 32, 32)
+    images, backgrounds = torch.rand(2, 8, 3, 32, 32, dtype=torch.float64)
     configs = {
         "segformer": dict(SMALL, dropout=0.0),
         "unet": dict(SMALL, dropout=0.0, generator="unet", unet_width=0.1),
@@ -1162,12 +1171,12 @@ def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
             assert one.keys() == two.keys() and one
             largest = max(gradient.abs().max() for gradient in one.values())
             for parameter in one:
-                close(one[parameter] / largest, two[parameter] / largest, 1e-5)
+                assert close(one[parameter] / largest, two[parameter] / largest, 1e-9)
         (buffers1, scores1), (buffers2, scores2) = (
             torch.load(tmp_path / f"{n}-{name}.pt") for n in ("one", "two")
         )
         for buffer in buffers1:
-            close(buffers1[buffer], buffers2[buffer], 1e-5)
+            assert close(buffers1[buffer], buffers2[buffer], 1e-5)
         assert scores1 == pytest.approx(scores2, rel=1e-3, abs=1e-4)
 
 
@@ -1175,11 +1184,16 @@ def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, few_images):
     flags = [*TINY, "--output", tmp_path / "run"]
     out = torchrun(HERE / "train.py", *flags, "--log_every", "3")
     assert out.count("phase 3 of 3") == 1  # one process prints
-    state = train.load_checkpoint(tmp_path / "run")
-    state["progress"].update(phase=2, step=8)
-    torch.save(state, tmp_path / "run" / "checkpoint.pt")
+    whole = train.load_checkpoint(tmp_path / "run")["model"]
+    last, previous = (tmp_path / "run" / f"checkpoint{x}.pt" for x in ("", ".previous"))
+    assert torch.load(previous)["progress"]["step"] == 8
+    os.replace(previous, last)
     train.main(["--output", str(tmp_path / "run"), "--resume"])
-    assert train.load_checkpoint(tmp_path / "run")["progress"]["step"] == 12
+    state = train.load_checkpoint(tmp_path / "run")
+    assert state["progress"]["step"] == 12
+    # Where a gradient is zero but for rounding, as a key's bias has it, Adam follows the rounding.
+    apart = torch.cat([(state["model"][n] - p).abs().flatten() for n, p in whole.items()])
+    assert (apart < 1e-5).float().mean() > 0.98
 
 
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
@@ -1240,15 +1254,17 @@ def test_no_entropy_loss_leaves_the_reconstruction_loss():
 def test_a_nan_stops_the_run_with_its_step_and_the_last_checkpoint(
     tmp_path, few_images, monkeypatch
 ):
-    loss = train.PhaseLoss.forward
+    load_batch = train.load_batch
 
-    def poisoned(self, step, *rest):
-        value = loss(self, step, *rest)
-        return value * math.nan if (self.phase.name, step) == ("joint", 9) else value
+    def poisoned(job, phase, step, backgrounds):
+        images, behind = load_batch(job, phase, step, backgrounds)
+        if (phase.name, step) == ("joint", 9):
+            images[1, 2, 3, 4] = math.nan
+        return images, behind
 
-    monkeypatch.setattr(train.PhaseLoss, "forward", poisoned)
+    monkeypatch.setattr(train, "load_batch", poisoned)
     with pytest.raises(
-        FloatingPointError, match=r"not finite at step 10 of phase 3.*checkpoint.pt"
+        FloatingPointError, match=r"not finite by step 10 of phase 3.*checkpoint.pt"
     ):
         run_tiny(tmp_path)
     assert train.load_checkpoint(tmp_path)["progress"]["step"] == 8
@@ -1856,13 +1872,13 @@ def test_a_killed_decoding_resumes_to_the_same_arrays(tmp_path, photos):
 def test_a_full_disk_while_decoding_is_one_sentence_and_leaves_nothing(
     tmp_path, photos, monkeypatch
 ):
-    def full(path, content):
-        raise OSError(28, "No space left on device")
+    def full(path, mode="r"):  # the device that the kernel keeps for this
+        return open("/dev/full" if Path(path).name == "images.u8" else path, mode)
 
-    monkeypatch.setattr(astseg, "write_json", full)
+    monkeypatch.setattr(astseg, "open", full, raising=False)
     with pytest.raises(OSError, match="no space left on the disk for .*choose another --cache"):
         parts_of(tmp_path, "folder", photos, 32, 32)
-    assert not list((tmp_path / "cache").glob("*"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_memory_stays_bounded_while_records_pass_through():

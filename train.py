@@ -100,6 +100,10 @@ class Training:
             raise ValueError(f"warmup is {self.warmup}: it cannot be negative")
 
 
+PATHS = ("data", "masks", "cache")
+INTERVALS = ("log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
+
+
 @dataclass(frozen=True)
 class Run:
     """What to do, and where."""
@@ -120,14 +124,16 @@ class Run:
     segment: Optional[list[str]] = setting(
         None, "A run folder, then images to segment with its model."
     )
-    benchmark: int = setting(0, "Time each phase over so many steps and stop; 200 is plenty.")
+    benchmark: int = setting(
+        0, "Time each phase over so many steps, by default 200, and stop.", nargs="?", const=200
+    )
     log_every: int = setting(100, "Steps between lines of losses.")
     evaluate_every: int = setting(500, "Steps between evaluations on validation images.")
     evaluate_images: int = setting(200, "How many of those images at most.")
     checkpoint_every: int = setting(500, "Steps between checkpoints.")
 
     def __post_init__(self):
-        for name in ("log_every", "evaluate_every", "evaluate_images", "checkpoint_every"):
+        for name in INTERVALS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.dataset != "shapes" and not self.data and not self.resume and not self.segment:
@@ -143,7 +149,7 @@ SMALL = dict(
     scale_max=10.0, log_alpha_0=4.0, entropy_weight=0.015, entropy_warmup=3000,
     background_kind="simple", background_width=0.25,
     background_steps=1500, background_batch=16, background_lr=5e-4,
-    steps=18_000, phase2_steps=15_000, batch=32, lr=1e-3, warmup=500, decay_at=0.65,
+    steps=14_000, phase2_steps=11_500, batch=32, lr=1e-3, warmup=500, decay_at=0.65,
 )  # fmt: skip
 PRESETS = {
     "small": SMALL,
@@ -151,7 +157,7 @@ PRESETS = {
         **SMALL, **dict(
             height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5,
             entropy_weight=0.02, entropy_warmup=1000, background_batch=8,
-            steps=4600, phase2_steps=3600, warmup=100, train_images=8000,
+            steps=5200, phase2_steps=4100, warmup=100, train_images=8000,
         ),
     },
 }  # fmt: skip
@@ -168,7 +174,9 @@ def preset(run: Run) -> dict:
     if family in astseg.OBJECTSROOM_VARIANTS:
         family = "objectsroom"
     phase1 = dict(background_steps=2500) if family == "clevr" else {}
-    return {**astseg.PAPER_SETTINGS.get(family, {}), **phase1}
+    # A checkpoint of 1.4 GB every 500 steps would be one every few seconds.
+    intervals = dict(evaluate_every=2500, checkpoint_every=5000)
+    return {**astseg.PAPER_SETTINGS.get(family, {}), **phase1, **intervals}
 
 
 # -------------------------------------------------------------------------------------------------
@@ -234,7 +242,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world()[1] == 1:
             return super().forward(x)
-        x32, ranks = x.float(), world()[1]
+        x32, ranks = astseg.at_least_float32(x), world()[1]
         mean = SumOverProcesses.apply(x32.mean((0, 2, 3))) / ranks
         centered = x32 - mean[:, None, None]
         variance = SumOverProcesses.apply(centered.square().mean((0, 2, 3))) / ranks
@@ -268,10 +276,14 @@ def load_data(part: str, config: Config, training: Training, run: Run) -> Images
     return load_parts(run.dataset, run.data, run.masks, run.cache, config.size)[part]
 
 
+def open_data(dataset: str, data: str, masks: str) -> tuple[astseg.Source, list[Optional[Path]]]:
+    paths = [Path(path).resolve() if path else None for path in (data, masks)]
+    return astseg.open_source(dataset, *paths), paths
+
+
 @lru_cache(maxsize=1)
 def load_parts(dataset: str, data: str, masks: str, cache: str, size: tuple) -> dict[str, Images]:
-    paths = [Path(path).resolve() if path else None for path in (data, masks)]
-    source = astseg.open_source(dataset, *paths)
+    source, paths = open_data(dataset, data, masks)
     where = zlib.crc32(str(paths).encode())
     folder = Path(cache) / f"{dataset}-{size[0]}x{size[1]}-{where:08x}"
     with first_process_first():
@@ -464,8 +476,8 @@ def raise_not_finite(folder: Path, progress: Progress):
     last = folder / "checkpoint.pt"
     hint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written"
     raise FloatingPointError(
-        f"the loss or a weight is not finite at step {progress.step} of phase {progress.phase + 1}"
-        f": {hint}; lower the learning rate or, if it came with bf16, pass --no_bf16"
+        f"the loss or a weight is not finite by step {progress.step} of phase {progress.phase + 1}"
+        f": {hint}; start again with a lower --lr or, if it came with bf16, --resume --no_bf16"
     )
 
 
@@ -580,9 +592,6 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
 
     phases = curriculum(training)
     for number, phase in enumerate(phases[progress.phase :], progress.phase):
-        backgrounds = None
-        if phase.name == "foreground":
-            backgrounds = memorise_backgrounds(job.model, job.images, memory)
         optimizer = make_optimizer(job.model, phase, training)
         if state:
             optimizer.load_state_dict(state["optimizer"])
@@ -594,6 +603,9 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
         print(f"\n{title}: steps {progress.step} to {phase.stop}\n{LINE_HEAD}")
         try:
             with memory_explained(phase, training):
+                backgrounds = None
+                if phase.name == "foreground":
+                    backgrounds = memorise_backgrounds(job.model, job.images, memory)
                 run_phase(job, phase, optimizer, backgrounds)
         finally:
             if memory is not None:
@@ -729,7 +741,7 @@ def memory_explained(phase: Phase, training: Training):
         flag = "background_batch" if phase.name == "background" else "batch"
         raise MemoryError(
             f"out of memory in the {phase.name} phase with --{flag} {batch_size(phase, training)}: "
-            f"lower --{flag}, or the image size, and go on with --resume or start again"
+            f"start again with a lower --{flag} or smaller images"
         ) from error
 
 
@@ -1038,51 +1050,59 @@ def choose_background(config: Config, training: Training, run: Run, folder: Path
 
 def benchmark(config: Config, training: Training, run: Run) -> None:
     """Print speed, memory and arithmetic of each phase, and how long the curriculum would take."""
-    job = make_job(config, training, run, Path())
-    device, hours = device_of(job.model), []
-
-    def timed(function, start: int) -> float:
-        """Median seconds of a call, in blocks of 10: the device is waited for only between them."""
-        blocks = []
-        for block in range(start, start + max(10, run.benchmark), 10):
-            clock = time.perf_counter()
-            for step in range(block, block + 10):
-                function(step)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            blocks.append((time.perf_counter() - clock) / 10)
-        return statistics.median(blocks)
-
-    print(f"{config.height}x{config.width}, K = {config.slots}, {config.generator}, {device}")
+    job, hours = make_job(config, training, run, Path()), 0.0
+    print(f"{config.height}x{config.width}, K = {config.slots}, {config.generator}", end=", ")
+    print(device_of(job.model))
     print("phase        steps/s  images/s  Gflop/step  Gflop/s  data  peak memory     hours")
     for phase in curriculum(training):
-        batch, backgrounds = batch_size(phase, training), None
-        if phase.name == "foreground":
-            backgrounds = torch.zeros_like(job.images)
-        job.model.train()
-        optimizer = make_optimizer(job.model, phase, training)
-        set_learning_rate(optimizer, phase, phase.start, training)
-        eager = job._replace(training=dataclasses.replace(training, compile=False))
-        with FlopCounterMode(display=False) as counter:
-            make_step(eager, phase, optimizer, backgrounds)(0)
-        work = counter.get_total_flops() / 1e9
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        do_step = make_step(job, phase, optimizer, backgrounds)
-        for step in range(10):  # warm up: compilation, choice of algorithms
-            do_step(step)
-        seconds = timed(do_step, 10)
-        loading = timed(lambda step: load_batch(job, phase, step, backgrounds), 10)
-        memory = "-"
-        if device.type == "cuda":
-            memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        hours.append((phase.stop - phase.start) * seconds / 3600)
-        print(
-            f"{phase.name:10} {1 / seconds:9.2f} {batch / seconds:9.0f} {work:11.0f} "
-            f"{work / seconds:8.0f} {loading / seconds:5.1%} {memory:>12} "
-            f"{hours[-1]:9.2f}"
-        )
-    print(f"the whole curriculum: {sum(hours):.2f} hours")
+        with memory_explained(phase, training):
+            hours += benchmark_phase(job, phase)
+    print(f"the whole curriculum: {hours:.2f} hours")
+
+
+def benchmark_phase(job: Job, phase: Phase) -> float:
+    """Print a phase's row and return the hours that its steps would take."""
+    training, device, backgrounds = job.training, device_of(job.model), None
+    if phase.name == "foreground":
+        backgrounds = torch.zeros_like(job.images)
+    job.model.train()
+    optimizer = make_optimizer(job.model, phase, training)
+    set_learning_rate(optimizer, phase, phase.start, training)
+    eager = job._replace(training=dataclasses.replace(training, compile=False))
+    with FlopCounterMode(display=False) as counter:
+        make_step(eager, phase, optimizer, backgrounds)(0)
+    work = counter.get_total_flops() / 1e9
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    do_step = make_step(job, phase, optimizer, backgrounds)
+    for step in range(10):  # warm up: compilation, choice of algorithms
+        do_step(step)
+    seconds = median_seconds(do_step, job.run.benchmark)
+    loading = median_seconds(
+        lambda step: load_batch(job, phase, step, backgrounds), job.run.benchmark
+    )
+    memory, batch = "-", batch_size(phase, training)
+    if device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    hours = (phase.stop - phase.start) * seconds / 3600
+    print(
+        f"{phase.name:10} {1 / seconds:9.2f} {batch / seconds:9.0f} {work:11.4g} "
+        f"{work / seconds:8.4g} {loading / seconds:5.1%} {memory:>12} {hours:9.2f}"
+    )
+    return hours
+
+
+def median_seconds(function, steps: int) -> float:
+    """Median seconds of function(step), in blocks of 10: the device is waited for between them."""
+    blocks = []
+    for block in range(10, 10 + max(10, steps), 10):
+        clock = time.perf_counter()
+        for step in range(block, block + 10):
+            function(step)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        blocks.append((time.perf_counter() - clock) / 10)
+    return statistics.median(blocks)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1130,16 +1150,21 @@ def read_settings(folder: Path) -> dict:
 
 
 def flat_settings(config: Config, training: Training, run: Run) -> dict:
-    paths = {name: getattr(run, name) for name in ("data", "masks", "cache")}
+    paths = {name: getattr(run, name) for name in PATHS}
     paths = {name: path and str(Path(path).resolve()) for name, path in paths.items()}
     settings = {**dataclasses.asdict(config), **dataclasses.asdict(training)}
-    return {**settings, "dataset": run.dataset, **paths}
+    intervals = {name: getattr(run, name) for name in INTERVALS}
+    return {**settings, **intervals, "dataset": run.dataset, **paths}
 
 
 def check_same_settings(folder: Path, stored: dict, settings: dict) -> None:
-    """A resumed run keeps its settings: name the first that differs. Its files may have moved."""
+    """A resumed run keeps its settings: name the first that differs.
+
+    Its files may have moved, to a machine with another GPU.
+    """
     for name, value in stored.items():
-        if name not in ("data", "masks", "cache") and settings.get(name) != value:
+        free = name in (*PATHS, *INTERVALS, "bf16", "compile")
+        if not free and settings.get(name) != value:
             raise ValueError(
                 f"the run in {folder} was started with {name} = {value}, not "
                 f"{settings.get(name)}: leave the flag out, or train into another --output"
@@ -1152,12 +1177,13 @@ def evaluate_runs(folders: list[str], arguments: Optional[list[str]]) -> None:
     for folder in map(Path, folders):
         config, training, run = parse_arguments(arguments, folder)
         model = load_model(folder)
-        data = load_data(run.part, config, training, run)
-        if data.labels is None or not len(data.images):
-            what = "label maps, which metrics need: name their folder by --masks"
+        if run.dataset != "shapes" and not open_data(run.dataset, run.data, run.masks)[0].labelled:
             raise ValueError(
-                f"{run.data} has no {what if len(data.images) else run.part + ' part'}"
+                f"{run.data} has no label maps, which metrics need: name their folder by --masks"
             )
+        data = load_data(run.part, config, training, run)
+        if not len(data.images):
+            raise ValueError(f"{run.data} has no {run.part} part")
         metrics = evaluate(model, data)
         rows.append({name: metrics[name] for name in METRICS})
         if world()[0] == 0:
@@ -1214,5 +1240,5 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        print("train.py: interrupted; go on with --resume", file=sys.stderr)
+        print("train.py: interrupted; a run that had begun goes on with --resume", file=sys.stderr)
         sys.exit(130)
