@@ -1044,7 +1044,7 @@ def test_too_little_memory_names_the_setting_to_lower(tmp_path, few_images, monk
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(train.PhaseLoss, "forward", forward)
-    with pytest.raises(MemoryError, match="background phase with --background_batch 4: lower"):
+    with pytest.raises(MemoryError, match="--background_batch 4: go on with --resume and a lower"):
         run_tiny(tmp_path)
 
 
@@ -1194,6 +1194,18 @@ def test_a_run_of_two_processes_is_resumed_by_one(tmp_path, few_images):
     # Where a gradient is zero but for rounding, as a key's bias has it, Adam follows the rounding.
     apart = torch.cat([(state["model"][n] - p).abs().flatten() for n, p in whole.items()])
     assert (apart < 1e-5).float().mean() > 0.98
+
+
+def test_a_resumed_run_may_take_a_smaller_batch_and_rate(tmp_path, whole_run, few_images):
+    folder = shutil.copytree(whole_run[0], tmp_path / "run")
+    os.replace(folder / "checkpoint.previous.pt", folder / "checkpoint.pt")
+    assert train.load_checkpoint(folder)["progress"]["step"] == 8
+    train.main(["--output", str(folder), "--resume", "--batch", "2", "--lr", "1e-4", "--no_bf16"])
+    progress = train.load_checkpoint(folder)["progress"]
+    written = json.loads((folder / "settings.json").read_text())
+    for settings in (progress["settings"], written):
+        assert (settings["batch"], settings["lr"], settings["bf16"]) == (2, 1e-4, False)
+    assert progress["step"] == 12 and progress["history"][-1]["lr"] <= 1e-4
 
 
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(

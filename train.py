@@ -102,6 +102,10 @@ class Training:
 
 PATHS = ("data", "masks", "cache")
 INTERVALS = ("log_every", "evaluate_every", "evaluate_images", "checkpoint_every")
+# What a resumed run may change: where its files are, what its machine can hold, a rate too high.
+CHANGEABLE = (
+    *PATHS, *INTERVALS, "bf16", "compile", "batch", "background_batch", "lr", "background_lr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -477,7 +481,7 @@ def raise_not_finite(folder: Path, progress: Progress):
     hint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written"
     raise FloatingPointError(
         f"the loss or a weight is not finite by step {progress.step} of phase {progress.phase + 1}"
-        f": {hint}; start again with a lower --lr or, if it came with bf16, --resume --no_bf16"
+        f": {hint}; go on with --resume and a lower --lr or, if it came with bf16, --no_bf16"
     )
 
 
@@ -582,6 +586,9 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
     settings = {**flat_settings(config, training, run), "training images": len(job.images)}
     progress = Progress(**state["progress"]) if state else Progress(settings)
     check_same_settings(folder, progress.settings, settings)
+    progress.settings = settings
+    if world()[0] == 0:
+        write_json(folder / "settings.json", flat_settings(config, training, run))
     progress.started = started - progress.seconds
     job = job._replace(progress=progress)
     if state:
@@ -741,7 +748,7 @@ def memory_explained(phase: Phase, training: Training):
         flag = "background_batch" if phase.name == "background" else "batch"
         raise MemoryError(
             f"out of memory in the {phase.name} phase with --{flag} {batch_size(phase, training)}: "
-            f"start again with a lower --{flag} or smaller images"
+            f"go on with --resume and a lower --{flag}, or start again with smaller images"
         ) from error
 
 
@@ -1051,8 +1058,8 @@ def choose_background(config: Config, training: Training, run: Run, folder: Path
 def benchmark(config: Config, training: Training, run: Run) -> None:
     """Print speed, memory and arithmetic of each phase, and how long the curriculum would take."""
     job, hours = make_job(config, training, run, Path()), 0.0
-    print(f"{config.height}x{config.width}, K = {config.slots}, {config.generator}", end=", ")
-    print(device_of(job.model))
+    device = device_of(job.model)
+    print(f"{config.height}x{config.width}, K = {config.slots}, {config.generator}, {device}")
     print("phase        steps/s  images/s  Gflop/step  Gflop/s  data  peak memory     hours")
     for phase in curriculum(training):
         with memory_explained(phase, training):
@@ -1158,13 +1165,9 @@ def flat_settings(config: Config, training: Training, run: Run) -> dict:
 
 
 def check_same_settings(folder: Path, stored: dict, settings: dict) -> None:
-    """A resumed run keeps its settings: name the first that differs.
-
-    Its files may have moved, to a machine with another GPU.
-    """
+    """A resumed run keeps its settings, but for the changeable: name the first that differs."""
     for name, value in stored.items():
-        free = name in (*PATHS, *INTERVALS, "bf16", "compile")
-        if not free and settings.get(name) != value:
+        if name not in CHANGEABLE and settings.get(name) != value:
             raise ValueError(
                 f"the run in {folder} was started with {name} = {value}, not "
                 f"{settings.get(name)}: leave the flag out, or train into another --output"
@@ -1217,9 +1220,8 @@ def main(arguments: Optional[list[str]] = None) -> None:
     if training.background_choice and not run.resume:
         config = choose_background(config, training, run, folder)
     first = world()[0] == 0
-    if first and not run.resume:
+    if first:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "settings.json", flat_settings(config, training, run))
     with signals_kept():
         job = train(config, training, run, folder)
     test = load_data("test", config, training, run)
