@@ -1581,7 +1581,7 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
         with _locked(folder):
             # Another program may have made it while this one waited.
             state = _whole_cache(folder, made_from)
-            state = state or _decode_all(source, folder, height, width, made_from)
+            state = state or _make_cache(source, folder, height, width, made_from)
     shapes = {"images.u8": (state["count"], 3, height, width)}
     if source.labelled:
         shapes["labels.u8"] = (state["count"], height, width)
@@ -1601,27 +1601,18 @@ def cached_parts(source: Source, folder: Path, height: int, width: int) -> dict[
 
 @contextlib.contextmanager
 def _locked(folder: Path):
-    """One program at a time makes a cache, another one waits; the lock ends with its holder.
-
-    What cannot be read or written leaves nothing behind.
-    """
+    """One program at a time makes a cache, another one waits; the lock ends with its holder."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.parent, os.O_RDONLY) if fcntl else None
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder.parent, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-    except (OSError, ValueError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # others' caches may be beside it
-            folder.parent.rmdir()
-        if getattr(error, "errno", None) == errno.ENOSPC:
-            raise OSError(f"no space left on the disk for {folder}: choose another --cache")
-        raise
     finally:
-        if fcntl:
-            os.close(lock)
+        os.close(lock)
 
 
 def _whole_cache(folder: Path, made_from: dict) -> Optional[dict]:
@@ -1653,6 +1644,19 @@ def _matches(folder: Path, state: dict) -> bool:
         if crc != checksum:
             return False
     return True
+
+
+def _make_cache(source: Source, folder: Path, height: int, width: int, made_from: dict) -> dict:
+    """Decode a source; what cannot be read or written leaves nothing behind."""
+    try:
+        return _decode_all(source, folder, height, width, made_from)
+    except (OSError, ValueError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others' caches may be beside it
+            folder.parent.rmdir()
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise OSError(f"no space left on the disk for {folder}: choose another --cache")
+        raise
 
 
 def _decode_all(source: Source, folder: Path, height: int, width: int, made_from: dict) -> dict:
