@@ -280,7 +280,9 @@ def load_data(part: str, config: Config, training: Training, run: Run) -> Images
     return load_parts(run.dataset, run.data, run.masks, run.cache, config.size)[part]
 
 
+@lru_cache(maxsize=1)
 def open_data(dataset: str, data: str, masks: str) -> tuple[astseg.Source, list[Optional[Path]]]:
+    """A data set before it is decoded, and the full paths of its data and masks."""
     paths = [Path(path).resolve() if path else None for path in (data, masks)]
     return astseg.open_source(dataset, *paths), paths
 
