@@ -5,8 +5,8 @@ which pixels are its own. A feature map generator (Segformer) draws one attentio
 centre of mass of a map is the slot's position, and the features under it are its description. A
 transformer encoder lets the slots compare notes, so that no two of them claim one object. Each slot
 then draws a glimpse of its object, which a spatial transformer moves and shrinks to its place, and
-a convolutional autoencoder draws the background. The layers compete for each pixel. Trained on
-are the match of the composed image with the input and how sure each pixel is of its layer.
+a convolutional autoencoder draws the background. The layers compete for each pixel. Training
+asks two things: that the composed image matches the input, and that each pixel is sure of its layer.
 
 Usage (a folder of trained weights loads with `ASTSeg.from_pretrained("runs/shapes/model")`):
 
