@@ -6,7 +6,7 @@ centre of mass of a map is the slot's position, and the features under it are it
 transformer encoder lets the slots compare notes, so that no two of them claim one object. Each slot
 then draws a glimpse of its object, which a spatial transformer moves and shrinks to its place, and
 a convolutional autoencoder draws the background. The layers compete for each pixel. Training
-asks two things: that the composed image matches the input, and that each pixel is sure of its layer.
+asks two things: the composed image must match the input, and each pixel be sure of its layer.
 
 Usage (a folder of trained weights loads with `ASTSeg.from_pretrained("runs/shapes/model")`):
 
