@@ -1269,7 +1269,8 @@ def clevrtex_source(data: Path, dataset: str) -> Source:
     def decode(pair):
         return read_image(pair[0]), read_labels(pair[1])
 
-    # outd is one test set; open: camo too has a test part, its first 10 %
+    # outd is one test set
+    # open: camo too has a test part, its first 10 %
     ends = (lambda count: (count, count)) if dataset == "outd" else tenths
     return Source([p for pair in pairs for p in pair], lambda: pairs, decode, ends, crop=0.8)
 

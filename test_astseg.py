@@ -1126,6 +1126,8 @@ for name, config in torch.load({inputs!r})["configs"].items():
         train.make_optimizer(model, phase, train.Training())
         loss = train.PhaseLoss(model, phase)
         if train.world()[1] > 1:
+            if name == "compiled" and phase.name == "joint":
+                loss.network = torch.compile(loss.network, backend="aot_eager")
             loss = DistributedDataParallel(loss)
         index = train.batch_indices(0, 8, 8, 0)
         background = data["backgrounds"][index] if phase.name == "foreground" else None
@@ -1156,6 +1158,7 @@ def test_two_processes_have_the_gradients_and_scores_of_one(tmp_path):
     images, backgrounds = torch.rand(2, 8, 3, 32, 32, dtype=torch.float64)
     configs = {
         "segformer": dict(SMALL, dropout=0.0),
+        "compiled": dict(SMALL, dropout=0.0),
         "unet": dict(SMALL, dropout=0.0, generator="unet", unet_width=0.1),
     }
     torch.save(
@@ -2033,8 +2036,11 @@ def test_each_open_choice_is_listed_in_the_readme():
     readme = (HERE / "README.md").read_text().replace("\n", " ")
     choices = [c.strip() for c in re.findall(r"# open: ([^\n]+)", code) if '"' not in c]
     assert len(choices) >= 12
-    missing = [choice for choice in choices if choice.split(";")[0].split(".")[0] not in readme]
-    assert not missing
+    starts = [choice.split(";")[0].split(".")[0] for choice in choices]
+    assert not [start for start in starts if start not in readme]
+    table = readme.partition("Each row carries `# open:`")[2].partition("The presets")[0]
+    rows = [row for row in table.split("| `")[:-1] if row.strip(" |")]
+    assert len(rows) >= 12 and not [row for row in rows if not any(s in row for s in starts)]
 
 
 def test_importing_the_module_is_silent_and_touches_no_random_state():

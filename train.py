@@ -334,16 +334,17 @@ def memorise_backgrounds(
 ) -> torch.Tensor:
     """Backgrounds of all images by the frozen autoencoder, computed once: (N, 3, H, W) uint8.
 
-    They are kept where the images are, or in the file `path`.
+    They are kept where the images are, or in the file `path`, one for each process.
     """
     model.eval()
+    needed = images.nbytes * world()[1]
     if path is None:
         memory = torch.empty_like(images)
-    elif shutil.disk_usage(path.parent).free > images.nbytes:
+    elif shutil.disk_usage(path.parent).free > needed:
         memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8)
         memory = memory.view(images.shape)
     else:
-        raise OSError(f"the backgrounds need {images.nbytes:,} bytes: free them for {path}")
+        raise OSError(f"the backgrounds need {needed:,} bytes: free them for {path}")
     for part, target in zip(images.split(100), memory.split(100)):
         # open: memorised at 8 bits a channel, rounded
         target.copy_((model.background(to_float(part.to(device_of(model))))[0] * 255).round())
@@ -483,7 +484,8 @@ def raise_not_finite(folder: Path, progress: Progress):
     hint = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written"
     raise FloatingPointError(
         f"the loss or a weight is not finite by step {progress.step} of phase {progress.phase + 1}"
-        f": {hint}; go on with --resume and a lower --lr or, if it came with bf16, --no_bf16"
+        f": {hint}; go on with --resume and a lower --lr (of the background alone: "
+        "--background_lr) or, if it came with bf16, --no_bf16"
     )
 
 
@@ -617,8 +619,9 @@ def train(config: Config, training: Training, run: Run, folder: Path) -> Job:
                     backgrounds = memorise_backgrounds(job.model, job.images, memory)
                 run_phase(job, phase, optimizer, backgrounds)
         finally:
-            if memory is not None:
-                memory.unlink(missing_ok=True)
+            backgrounds = None  # which closes its file; a killed run may have left others
+            for path in folder.glob("backgrounds.*.u8"):
+                path.unlink(missing_ok=True)
     return job
 
 
@@ -639,7 +642,10 @@ def load_batch(job: Job, phase: Phase, step: int, backgrounds: Optional[torch.Te
     batch, device = batch_size(phase, job.training), device_of(job.model)
     index = batch_indices(step, batch, len(job.images), job.training.seed, job.images.device)
     sources = (job.images,) if backgrounds is None else (job.images, backgrounds)
-    pair = [to_float(source[index].to(device, non_blocking=True)) for source in sources]
+    pair = [source[index] for source in sources]
+    if device.type == "cuda" and not pair[0].is_cuda:  # else the copy would wait for the GPU
+        pair = [x.pin_memory() for x in pair]
+    pair = [to_float(x.to(device, non_blocking=True)) for x in pair]
     if job.training.flip:  # an image and its background alike
         mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
         pair = [torch.where(mirrored, x.flip(3), x) for x in pair]
@@ -649,7 +655,8 @@ def load_batch(job: Job, phase: Phase, step: int, backgrounds: Optional[torch.Te
 def make_step(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Tensor]):
     """The function that does one step of a phase: step -> loss (), still on the device."""
     training, device = job.training, device_of(job.model)
-    bf16 = training.bf16 and device.type == "cuda"
+    # GPUs before Ampere can only emulate bf16.
+    bf16 = training.bf16 and device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     network = PhaseLoss(job.model, phase, training.compile and device.type == "cuda")
     if world()[1] > 1:
         network = DistributedDataParallel(network)
@@ -706,7 +713,8 @@ def run_phase(job: Job, phase: Phase, optimizer, backgrounds: Optional[torch.Ten
             write_log(folder, progress)
             save_checkpoint(folder, model, optimizer, progress)
         if stop:
-            summed(torch.zeros(1, device=device_of(model)))  # all wait until the first has saved
+            if world()[1] > 1:
+                dist.barrier()  # all wait until the first has saved
             raise KeyboardInterrupt
 
 
@@ -750,7 +758,8 @@ def memory_explained(phase: Phase, training: Training):
         flag = "background_batch" if phase.name == "background" else "batch"
         raise MemoryError(
             f"out of memory in the {phase.name} phase with --{flag} {batch_size(phase, training)}: "
-            f"go on with --resume and a lower --{flag}, or start again with smaller images"
+            f"go on with --resume and a lower --{flag} (where there is no checkpoint yet, without "
+            "--resume), or start again with smaller images"
         ) from error
 
 
@@ -1080,7 +1089,7 @@ def benchmark_phase(job: Job, phase: Phase) -> float:
     eager = job._replace(training=dataclasses.replace(training, compile=False))
     with FlopCounterMode(display=False) as counter:
         make_step(eager, phase, optimizer, backgrounds)(0)
-    work = counter.get_total_flops() / 1e9
+    work = counter.get_total_flops() * world()[1] / 1e9
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     do_step = make_step(job, phase, optimizer, backgrounds)
