@@ -153,7 +153,7 @@ SMALL = dict(
     scale_max=10.0, log_alpha_0=4.0, entropy_weight=0.015, entropy_warmup=3000,
     background_kind="simple", background_width=0.25,
     background_steps=1500, background_batch=16, background_lr=5e-4,
-    steps=14_000, phase2_steps=12_000, batch=32, lr=1e-3, warmup=500, decay_at=0.65,
+    steps=13_000, phase2_steps=11_500, batch=32, lr=1e-3, warmup=500, decay_at=0.65,
 )  # fmt: skip
 PRESETS = {
     "small": SMALL,
