@@ -190,7 +190,6 @@ class Config:
         "b3", "Size of the Segformer's Mix Transformer."
     )
     unet_width: float = setting(1.0, "Factor on the channels of Table 8, for small runs.")
-    attention_gain: float = setting(1.0, "Factor on the initial weights of the attention logits.")
     transformer: bool = setting(True, "Refine the slots with a transformer encoder.")
     dim_transformer: int = setting(256, "d_T, width of the transformer encoder.")
     transformer_heads: int = setting(8, "Attention heads of a transformer layer.")
@@ -251,8 +250,8 @@ class Config:
         for name in ("slots", "dim_z_what", "transformer_layers", "dim_feedforward"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
-        for name in ("unet_width", "attention_gain", "background_width"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("unet_width", "background_width"):
+            if not 0 < getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if self.slots > 255:
             raise ValueError(f"slots is {self.slots}: label maps hold 255 objects at most")
@@ -868,16 +867,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         channels = c.slots + c.dim_latent
         if c.generator == "segformer":
             self.generator = SegformerGenerator(channels, c.backbone, c.dropout)
-            head = self.generator.segformer.decode_head.classifier
         else:
             self.generator = UNetGenerator(channels, c.height, c.width, c.unet_width)
-            head = self.generator.head
-        # open: initialisation of the attention logits: the library's, times attention_gain
-        # Its small weights make flat maps, so that all slots begin in the middle of the image. A
-        # short run may then divide it into strips, one for each slot, and lose objects that share
-        # one. With a gain of 10 the slots begin in places of their own.
-        with torch.no_grad():
-            head.weight[: c.slots] *= c.attention_gain
         refinement = None
         if c.transformer:
             refinement = Refinement(

@@ -184,7 +184,6 @@ def test_the_paper_settings_of_each_data_set(dataset, side, slots, anisotropic):
         (dict(dropout=1.0), "dropout is 1.0"),
         (dict(background_width=0), "background_width is 0"),
         (dict(unet_width=-1), "unet_width is -1"),
-        (dict(attention_gain=0.0), "attention_gain is 0.0: it must be above 0"),
         (dict(entropy_weight=-1), "entropy_weight is -1"),
     ],
 )
@@ -578,20 +577,6 @@ def test_segmentation_is_the_argmax_of_the_weights_and_needs_no_background():
     labels = model.segment(images)
     assert torch.equal(labels, expected)
     assert labels.dtype == torch.int64 and labels.unique().numel() > 1
-
-
-@pytest.mark.parametrize("generator", ["segformer", "unet"])
-def test_the_attention_gain_multiplies_the_logits_and_spreads_the_first_positions(generator):
-    images, maps, spread = torch.rand(8, 3, 32, 32), [], []
-    for gain in (1.0, 10.0):
-        torch.manual_seed(0)
-        config = Config(**SMALL, generator=generator, unet_width=0.1, attention_gain=gain)
-        model = ASTSeg(config).eval()
-        maps.append(model.generator(images))
-        spread.append(model(images).attention_position.std(1).mean())
-    assert close(10 * maps[0][:, :3], maps[1][:, :3], 1e-4)
-    assert torch.equal(maps[0][:, 3:], maps[1][:, 3:]) and maps[0][:, 3:].std() > 0
-    assert spread[1] > 3 * spread[0]
 
 
 def test_a_known_background_replaces_the_autoencoder():
@@ -1974,8 +1959,7 @@ def test_a_data_set_of_the_paper_comes_with_its_settings(dataset, expected):
     config, training, _ = train.parse_arguments(["--dataset", dataset, "--data", "x"])
     settings = (config.height, config.slots, config.anisotropic, config.background_kind)
     assert (*settings, training.background_steps) == expected
-    assert (training.steps, training.lr) == (125_000, 4e-5)
-    assert (config.refinement_start, config.attention_gain) == ("stock", 1.0)
+    assert (training.steps, training.lr, config.refinement_start) == (125_000, 4e-5, "stock")
 
 
 # -------------------------------------------------------------------------------------------------

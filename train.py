@@ -147,21 +147,21 @@ class Run:
 # Two CPU cores: small sizes and short schedules, every component. The README says what each
 # departure from the paper is for.
 SMALL = dict(
-    height=64, width=64, anisotropic=False, backbone="tiny", attention_gain=10.0, dropout=0.0,
+    height=64, width=64, anisotropic=False, backbone="tiny", dropout=0.0,
     dim_transformer=128, dim_feedforward=256, transformer_layers=2,
     refinement_start="identity", refinement_lr_factor=0.1, renderer_lr_factor=3.0,
     scale_max=10.0, log_alpha_0=4.0, entropy_weight=0.015, entropy_warmup=3000,
     background_kind="simple", background_width=0.25,
     background_steps=1500, background_batch=16, background_lr=5e-4,
-    steps=13_000, phase2_steps=11_500, batch=32, lr=1e-3, warmup=500, decay_at=0.65,
+    steps=17_000, phase2_steps=15_000, batch=32, lr=1e-3, warmup=500, decay_at=0.6,
 )  # fmt: skip
 PRESETS = {
     "small": SMALL,
     "shapes": {
         **SMALL, **dict(
-            height=48, width=48, slots=4, attention_gain=1.0, scale_max=6.0, log_alpha_0=4.5,
+            height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5,
             entropy_weight=0.02, entropy_warmup=1000, background_batch=8,
-            steps=5200, phase2_steps=4100, warmup=100, train_images=8000,
+            steps=5200, phase2_steps=4100, warmup=100, decay_at=0.65, train_images=8000,
         ),
     },
 }  # fmt: skip
