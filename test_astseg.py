@@ -480,10 +480,19 @@ def test_background_schedule_has_the_blocks_of_the_authors():
 
 
 def test_coordinates_run_from_minus_half_to_half_and_are_one_on_a_single_pixel():
-    x = astseg.with_coordinates(torch.zeros(1, 2, 3, 5))
-    assert close(x[0, 2, :, 0], torch.tensor([-0.5, 0, 0.5]))  # rows
-    assert close(x[0, 3, 0], torch.linspace(-0.5, 0.5, 5))  # columns
-    assert torch.equal(astseg.with_coordinates(torch.zeros(1, 1, 1, 1))[0, 1:, 0, 0], torch.ones(2))
+    grid = astseg.coordinates(3, 5)
+    assert close(grid[0, 0, :, 0], torch.tensor([-0.5, 0, 0.5]))  # rows
+    assert close(grid[0, 1, 0], torch.linspace(-0.5, 0.5, 5))  # columns
+    assert torch.equal(astseg.coordinates(1, 1), torch.ones(1, 2, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_coordinates_are_two_more_channels_of_each_image(kind):
+    block = astseg.CoordinateConv(kind(5, 16, 4, 2, 1, bias=False))
+    x = torch.randn(2, 3, 6, 8)
+    appended = torch.cat((x, astseg.coordinates(6, 8).expand(2, -1, -1, -1)), dim=1)
+    expected = torch.nn.functional.celu(block.norm(block.convolution(appended)))
+    assert close(block(x), expected)
 
 
 def test_robust_background_loss_is_that_of_a_loop_over_pixels():
@@ -1087,7 +1096,6 @@ def test_autocast_and_compilation_keep_the_loss(name):
     """What a GPU uses, on the CPU: bf16 autocast, and torch.compile without recompilation."""
     torch._dynamo.reset()
     model, images = ASTSeg(Config(**SMALL, dropout=0.0)).train(), torch.rand(4, 3, 32, 32)
-    model(images)  # transformers sets hooks at its first call
     background = torch.rand(4, 3, 32, 32) if name == "foreground" else None
     phase = train.Phase(name, 0, 10)
     train.make_optimizer(model, phase, train.Training())

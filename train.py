@@ -243,6 +243,7 @@ class SumOverProcesses(torch.autograd.Function):
 class SynchronisedBatchNorm(nn.BatchNorm2d):
     """Batch norm over the batches of all processes (PyTorch's own one needs a GPU)."""
 
+    @torch.compiler.disable  # compiled, PyTorch 2.11 would get its gradients wrong
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or world()[1] == 1:
             return super().forward(x)
@@ -572,10 +573,8 @@ def make_job(config: Config, training: Training, run: Run, folder: Path) -> Job:
     validation = load_data("val", config, training, run)
     validation = Images(*(x if x is None else x[: run.evaluate_images] for x in validation))
     model = ASTSeg(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    synchronise_batch_norm(model)
-    if training.compile and torch.cuda.is_available():
-        # transformers sets hooks at its first call, which would break up a compiled graph.
-        model.eval().segment(torch.zeros(1, 3, *config.size, device="cuda"))
+    if ranks > 1:
+        synchronise_batch_norm(model)
     if training.pretrained and not run.resume:
         model.generator.load_backbone(training.pretrained)
     torch.manual_seed(training.seed + 1000 * world()[0])  # processes draw their own dropouts
