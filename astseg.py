@@ -760,7 +760,7 @@ def background_blocks(height: int, width: int) -> list[tuple]:
     return blocks
 
 
-def coordinates(height: int, width: int, device=None) -> Tensor:
+def coordinate_maps(height: int, width: int, device=None) -> Tensor:
     """Row and column coordinates in [-0.5, 0.5]: (1, 2, height, width); 1 along a side of 1."""
 
     y, x = (
@@ -788,7 +788,7 @@ class CoordinateConv(nn.Module):
         # convolved apart, once a batch (a step of phase 3 is 5 % shorter on a CPU).
         inputs = 0 if self.convolution.transposed else 1  # the weight's axis of input channels
         of_x, of_coordinates = self.convolution.weight.split([x.shape[1], 2], dim=inputs)
-        grid = coordinates(*x.shape[-2:], device=x.device).to(x)  # (1, 2, h, w)
+        grid = coordinate_maps(*x.shape[-2:], device=x.device).to(x)  # (1, 2, h, w)
         x = self._convolve(x, of_x) + self._convolve(grid, of_coordinates)
         return x if self.norm is None else F.celu(self.norm(x))
 

@@ -33,6 +33,7 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import astseg
 import train
@@ -480,17 +481,17 @@ def test_background_schedule_has_the_blocks_of_the_authors():
 
 
 def test_coordinates_run_from_minus_half_to_half_and_are_one_on_a_single_pixel():
-    grid = astseg.coordinates(3, 5)
+    grid = astseg.coordinate_maps(3, 5)
     assert close(grid[0, 0, :, 0], torch.tensor([-0.5, 0, 0.5]))  # rows
     assert close(grid[0, 1, 0], torch.linspace(-0.5, 0.5, 5))  # columns
-    assert torch.equal(astseg.coordinates(1, 1), torch.ones(1, 2, 1, 1))
+    assert torch.equal(astseg.coordinate_maps(1, 1), torch.ones(1, 2, 1, 1))
 
 
 @pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
 def test_coordinates_are_two_more_channels_of_each_image(kind):
     block = astseg.CoordinateConv(kind(5, 16, 4, 2, 1, bias=False))
     x = torch.randn(2, 3, 6, 8)
-    appended = torch.cat((x, astseg.coordinates(6, 8).expand(2, -1, -1, -1)), dim=1)
+    appended = torch.cat((x, astseg.coordinate_maps(6, 8).expand(2, -1, -1, -1)), dim=1)
     expected = torch.nn.functional.celu(block.norm(block.convolution(appended)))
     assert close(block(x), expected)
 
@@ -1077,6 +1078,20 @@ def test_the_benchmark_reports_each_phase_and_the_whole(few_images, capsys):
         assert images == pytest.approx(batch * steps, abs=1)
         assert speed == pytest.approx(flops * steps, rel=0.01) and speed > 0
     assert re.fullmatch(r"the whole curriculum: \d+\.\d\d hours", lines[5])
+    # Arithmetic of phase 1 by hand: each level has a convolution and its mirror on maps of one area.
+    config = train.parse_arguments(TINY)[0]
+    model = astseg.BackgroundAutoencoder(*config.size, "simple", config.background_width)
+    side, multiply_adds = config.height, 0
+    blocks = astseg.background_blocks(*config.size)
+    for down, up, (kernel, stride, padding, _) in zip(
+        model.encoder, reversed(model.decoder), blocks
+    ):
+        side = (side + 2 * padding[0] - kernel[0]) // stride[0] + 1
+        for block in (down, up):
+            channels = block.convolution.in_channels
+            images = (4 * (channels - 2) + 2) / channels  # coordinates once a batch of 4
+            multiply_adds += block.convolution.weight.numel() * images * side**2
+    assert float(lines[2].split()[3]) == pytest.approx(3 * 2 * multiply_adds / 1e9, rel=1e-3)
 
 
 def test_benchmark_takes_a_number_of_steps_or_200():
@@ -1111,6 +1126,24 @@ def test_autocast_and_compilation_keep_the_loss(name):
     with torch.autocast("cpu", torch.bfloat16):
         half = plain(0, images, background)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(expected, rel=0.05)
+
+
+def test_a_step_never_waits_for_the_device():
+    """With tensors that have no content, whatever asks for a value raises; a GPU would wait."""
+    training = train.Training(batch=4, background_batch=4, flip=True)
+    model = ASTSeg(Config(**SMALL)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        images = torch.zeros(8, 3, 32, 32, dtype=torch.uint8)
+        job = train.Job(model, images, None, training, train.Run(), None, train.Progress({}))
+        for phase in train.curriculum(training):
+            train.make_optimizer(model, phase, training)
+            backgrounds = images if phase.name == "foreground" else None
+            batch = train.load_batch(job, phase, 0, backgrounds)
+            loss = train.PhaseLoss(model, phase)(0, *batch)
+            loss.backward()
+            with pytest.raises(DataDependentOutputException):
+                loss.item()
+    train.permutation.cache_clear()
 
 
 # -------------------------------------------------------------------------------------------------

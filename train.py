@@ -1085,10 +1085,11 @@ def benchmark_phase(job: Job, phase: Phase) -> float:
     job.model.train()
     optimizer = make_optimizer(job.model, phase, training)
     set_learning_rate(optimizer, phase, phase.start, training)
-    eager = job._replace(training=dataclasses.replace(training, compile=False))
-    with FlopCounterMode(display=False) as counter:
-        make_step(eager, phase, optimizer, backgrounds)(0)
-    work = counter.get_total_flops() * world()[1] / 1e9
+    # Three times a forward pass, of the whole batch. (Of a step itself PyTorch counts too much: the
+    # gradient of a depthwise convolution as if it were a dense one's.)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        PhaseLoss(job.model, phase)(0, *load_batch(job, phase, 0, backgrounds))
+    work = 3 * counter.get_total_flops() * world()[1] / 1e9
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     do_step = make_step(job, phase, optimizer, backgrounds)
