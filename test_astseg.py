@@ -1181,6 +1181,8 @@ for name, config in torch.load({inputs!r})["configs"].items():
     scores = train.evaluate(model.float(), astseg.draw_shapes(107, 0, 32))
     if train.world()[0] == 0:
         torch.save((buffers, scores), f"{{sys.argv[1]}}-{{name}}.pt")
+if train.world()[1] > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
