@@ -762,7 +762,6 @@ def background_blocks(height: int, width: int) -> list[tuple]:
 
 def coordinate_maps(height: int, width: int, device=None) -> Tensor:
     """Row and column coordinates in [-0.5, 0.5]: (1, 2, height, width); 1 along a side of 1."""
-
     y, x = (
         torch.linspace(-0.5, 0.5, side, device=device) if side > 1 else torch.ones(1, device=device)
         for side in (height, width)

@@ -245,7 +245,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
     @torch.compiler.disable  # compiled, PyTorch 2.11 would get its gradients wrong
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training or world()[1] == 1:
+        if not self.training:
             return super().forward(x)
         x32, ranks = astseg.at_least_float32(x), world()[1]
         mean = SumOverProcesses.apply(x32.mean((0, 2, 3))) / ranks
@@ -262,7 +262,7 @@ class SynchronisedBatchNorm(nn.BatchNorm2d):
 
 def synchronise_batch_norm(model: nn.Module) -> None:
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if world()[1] > 1 and type(module) is nn.BatchNorm2d:
             module.__class__ = SynchronisedBatchNorm
 
 
@@ -573,8 +573,7 @@ def make_job(config: Config, training: Training, run: Run, folder: Path) -> Job:
     validation = load_data("val", config, training, run)
     validation = Images(*(x if x is None else x[: run.evaluate_images] for x in validation))
     model = ASTSeg(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    if ranks > 1:
-        synchronise_batch_norm(model)
+    synchronise_batch_norm(model)
     if training.pretrained and not run.resume:
         model.generator.load_backbone(training.pretrained)
     torch.manual_seed(training.seed + 1000 * world()[0])  # processes draw their own dropouts
