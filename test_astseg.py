@@ -947,7 +947,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(tmp_path):
 def test_dead_runs_are_named(tmp_path, capsys):
     model, validation = ASTSeg(Config(**SMALL, transformer=False)), astseg.draw_shapes(4, 0, 32)
     train.report(model, validation, {"step": 1}, [], tmp_path)
-    assert "the foreground is empty" in capsys.readouterr().out
+    assert "warning: no foreground yet" in capsys.readouterr().out
     latents = model.encoder.latents
     model.encoder.latents = lambda slots: latents(slots + 5)
     train.report(model, validation, {"step": 2}, [], tmp_path)
@@ -1020,3 +1020,328 @@ def test_a_short_training_lowers_the_loss_and_wakes_the_foreground(tmp_path):
     losses = [line["loss"] for line in lines if line["phase"] == "foreground"]
     assert losses[-1] < 0.75 * losses[0]
     assert lines[-1]["foreground"] > 0.01 and lines[-1]["mIoU"] > 0.25
+
+
+# ---- Data sets, in tiny files of the exact formats ----
+
+
+def varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def message(*fields):
+    """A protocol buffer message of length-delimited fields (number, content)."""
+    return b"".join(varint(n << 3 | 2) + varint(len(content)) + content for n, content in fields)
+
+
+def example(**arrays):
+    """A tf.train.Example in which every byte is an entry of its own, as in the published files."""
+    entries = [(1, message((1, b"visibility"), (2, message((2, message((1, b"\0\0\x80\x3f")))))))]
+    for name, array in arrays.items():
+        values = message(*((1, bytes([value])) for value in array.astype(np.uint8).flatten()))
+        entries.append((1, message((1, name.encode()), (2, message((1, values))))))
+    return message((1, message(*entries)))
+
+
+def record(body):
+    return struct.pack("<Q", len(body)) + b"sums" + body + b"sums"
+
+
+def masks_of(owner, count):
+    return 255 * (owner == np.arange(count)[:, None, None])[..., None]
+
+
+def rooms(count, masks=7):
+    """ObjectsRoom at random: images (n, 64, 64, 3), owners of the pixels (n, 64, 64), records."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    owners = random.integers(0, masks, (count, 8, 8)).repeat(8, 1).repeat(8, 2)
+    bodies = [example(mask=masks_of(o, masks), image=i) for i, o in zip(images, owners)]
+    return images, owners, b"".join(map(record, bodies))
+
+
+def load(tmp_path, dataset, data, size=(64, 64), masks=None, **options):
+    return astseg.load_dataset(dataset, data, masks, *size, cache=tmp_path / "cache", **options)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bytes])
+@pytest.mark.parametrize(
+    "dataset, name, masks, test",
+    [("objectsroom", "train", 7, 1), ("six_objects", "test_six_objects", 10, 12),
+     ("identical_color", "test_identical_color", 10, 12), ("empty_room", "test_empty_room", 4, 12)],
+)  # fmt: skip
+def test_rooms_are_read_byte_by_byte(dataset, name, masks, test, compress, tmp_path):
+    images, owners, records = rooms(12, masks)
+    (tmp_path / f"objects_room_{name}.tfrecords").write_bytes(compress(records))
+    parts = load(tmp_path, dataset, tmp_path)
+    assert torch.equal(parts["all"].images, torch.from_numpy(images).movedim(3, 1))
+    assert torch.equal(parts["all"].labels, torch.from_numpy(np.maximum(0, owners - 3)).byte())
+    assert len(parts["test"].images) == test
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda data: gzip.compress(data)[:-2000], r"record \d"),
+        (lambda data: data[: len(data) // 2], "record 1: it is cut short, or no record"),
+        (lambda data: b"these are no records, but a text", "record 0: it is cut short"),
+        (lambda data: record(b"x" * 20), "record 0: image is not 12288 entries of one byte"),
+        (lambda data: record(example(image=np.zeros(12), mask=np.zeros(4))), "image is not 12288"),
+    ],
+)
+def test_a_damaged_tfrecord_is_named_and_leaves_nothing(damage, message, tmp_path):
+    path = tmp_path / "objects_room_train.tfrecords"
+    path.write_bytes(damage(rooms(3)[2]))
+    with pytest.raises(OSError, match=message):
+        load(tmp_path, "objectsroom", path)
+    assert not (tmp_path / "cache").exists()
+
+
+def slow_crop_and_resize(pixels, crop, size):
+    """Centre crop and bilinear resize with antialiasing, a triangle filter written out."""
+    top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
+    out, ratio = pixels[top : top + crop, left : left + crop].astype(float), crop / size
+    for _ in range(2):  # columns, then rows: Pillow rounds to bytes in between
+        rows = []
+        for i in range(size):
+            distance = abs(np.arange(crop) + 0.5 - (i + 0.5) * ratio)
+            weights = np.maximum(0, 1 - distance / max(1.0, ratio))
+            rows.append(np.tensordot(weights / weights.sum(), out.swapaxes(0, 1), 1))
+        out = np.round(np.stack(rows)).clip(0, 255)
+    return out
+
+
+def test_clevr_is_cropped_and_resized_as_the_paper_does(tmp_path):
+    random = np.random.default_rng(1)
+    small = random.integers(0, 256, (24, 32, 3)).repeat(10, 0).repeat(10, 1)
+    image = (small + random.integers(-20, 20, small.shape)).clip(0, 255).astype(np.uint8)
+    owner = random.integers(0, 11, (24, 32)).repeat(10, 0).repeat(10, 1)
+    records = 3 * record(example(image=image, mask=masks_of(owner, 11)))
+    path = tmp_path / "clevr_with_masks_train.tfrecords"
+    path.write_bytes(gzip.compress(records, 1))
+    images, labels = load(tmp_path, "clevr", path, (128, 128))["all"]
+    slow = slow_crop_and_resize(image, 192, 128)
+    assert np.abs(images[0].numpy().transpose(1, 2, 0) - slow).max() <= 1
+    rows = [24 + int((i + 0.5) * 1.5) for i in range(128)]
+    columns = [64 + int((i + 0.5) * 1.5) for i in range(128)]
+    assert np.array_equal(labels[0], owner[rows][:, columns])
+
+
+@pytest.mark.parametrize("variant, test", [("full", 2), ("outd", 20), ("camo", 2)])
+def test_clevrtex_is_read_in_the_order_of_its_numbers(variant, test, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for i in reversed(range(20)):
+        folder = tmp_path / f"clevrtex_{variant}" / str(i % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (240, 320, 4), dtype=np.uint8)
+        pixels[..., 0] = i
+        number = i if i < 19 else 30  # a gap
+        Image.fromarray(pixels).save(folder / f"CLEVRTEX_{variant}_{number:06d}.png")
+        labels = random.choice([0, 2, 5, 12], (24, 32)).repeat(10, 0).repeat(10, 1)
+        flat = Image.fromarray(labels.astype(np.uint8), "P")
+        flat.putpalette(list(range(255, -1, -1)) * 3)  # colours that have nothing to do with it
+        flat.save(folder / f"CLEVRTEX_{variant}_{number:06d}_flat.png")
+    dataset = variant.replace("full", "clevrtex")
+    parts = load(tmp_path, dataset, tmp_path, (128, 128))
+    assert parts["all"].images[:, 0].flatten(1).float().mean(1).tolist() == list(range(20))
+    assert parts["all"].labels.unique().tolist() == [0, 2, 5, 12]  # indices as they are
+    assert len(parts["test"].images) == test
+    assert "warning: numbers have gaps or doubles" in capsys.readouterr().out
+    flat.save(folder / "CLEVRTEX_camo_000099.png")
+    with pytest.raises(ValueError, match="CLEVRTEX_camo_000099_flat.png is missing"):
+        load(tmp_path, "camo", folder, (64, 64))
+
+
+def test_shapestacks_has_its_own_splits_and_label_maps(tmp_path):
+    random, owners = np.random.default_rng(0), {}
+    (tmp_path / "splits" / "default").mkdir(parents=True)
+    for part, scenarios in {"test": ["a-1"], "eval": ["b-2"], "train": ["c-3", "d-4"]}.items():
+        (tmp_path / "splits" / "default" / f"{part}.txt").write_text("\n".join(scenarios))
+        for name, camera in itertools.product(scenarios, (1, 10)):
+            for folder in ("recordings", "iseg"):
+                (tmp_path / folder / name).mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (224, 224, 3), dtype=np.uint8)
+            stem = f"rgb-w=2-f=1-l=0-c=unique-cam_{camera}-mono-0.png"
+            Image.fromarray(pixels).save(tmp_path / "recordings" / name / stem)
+            owners[name, camera] = owner = random.integers(0, 6, (28, 28)).repeat(8, 0).repeat(8, 1)
+            values = np.stack((owner * 32 + 5, owner, owner), axis=2).astype(np.uint8)
+            stem = f"iseg-w=0-f=0-l=0-c=original-cam_{camera}-mono-0.map"
+            Image.fromarray(values).save(tmp_path / "iseg" / name / stem, format="PNG")
+    parts = load(tmp_path, "shapestacks", tmp_path)
+    assert [len(parts[name].images) for name in ("test", "val", "train")] == [2, 2, 4]
+    rows = [14 + i * 196 // 64 for i in range(64)]
+    for k, camera in enumerate((1, 10)):
+        assert np.array_equal(parts["val"].labels[k], owners["b-2", camera][rows][:, rows])
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Twelve images of several kinds with label maps of several kinds, and other files."""
+    random, data = np.random.default_rng(0), tmp_path / "photos"
+    for i in range(12):
+        sub, suffix = ("", "more/")[i % 2], ("png", "jpg", "webp", "JPEG")[i % 4]
+        pixels = random.integers(0, 256, (50 + i, 80 - i, 3), dtype=np.uint8)
+        values = random.choice([0, 40, 255], (6, 8)).astype(np.uint8).repeat(12, 0).repeat(12, 1)
+        mask = Image.fromarray(values[: 50 + i, : 80 - i])
+        mask = [mask, mask.convert("1"), mask.convert("P"), mask.convert("I;16")][i // 2 % 4]
+        for folder in ("images", "masks"):
+            (data / folder / sub).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(data / "images" / f"{sub}{i:02d}.{suffix}")
+        mask.save(data / "masks" / f"{sub}{i:02d}.png")
+    (data / "images" / "notes.txt").write_text("no image")
+    (data / "images" / ".hidden.png").write_text("no image")
+    (data / "images" / "more").rename(tmp_path / "elsewhere")
+    (data / "images" / "more").symlink_to(tmp_path / "elsewhere")
+    return data
+
+
+def test_a_folder_says_what_it_took_and_is_decoded_once(tmp_path, photos, capsys, monkeypatch):
+    images, masks = photos / "images", photos / "masks"
+    parts = load(tmp_path, "folder", images, (32, 48), masks)
+    out = capsys.readouterr().out
+    for words in ("12 images", "1 files .txt passed over", "1..2 objects each", "brightness 0."):
+        assert words in out
+    assert [len(parts[name].images) for name in ("test", "val", "train", "all")] == [1, 1, 10, 12]
+    assert parts["all"].images.shape == (12, 3, 32, 48)
+    assert parts["all"].labels.unique().tolist() == [0, 1, 2]  # 40 and 255, renumbered
+    monkeypatch.setattr(astseg, "prepare", None)  # the cache suffices
+    again = load(tmp_path, "folder", images, (32, 48), masks, slots=0)
+    assert torch.equal(again["all"].images, parts["all"].images)
+    assert "warning: up to 2 labels per image for 0 slots" in (said := capsys.readouterr().out)
+    assert out.splitlines()[0] == said.splitlines()[0]
+
+
+def picture(*size, mode="RGB"):
+    return Image.new(mode, size or (80, 50))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: (m / "00.png").unlink(), "00.png has no mask"),
+        (lambda m: picture().save(m / "77.png"), "77.png has no image"),
+        (lambda m: picture(5, 5, mode="L").save(m / "00.png"), "its image differ in size"),
+        (lambda m: picture().save(m / "00.png"), "00.png is RGB: a mask is a single-channel PNG"),
+        (lambda m: picture(mode="LA").save(m / "00.png"), "00.png is LA: a mask is a"),
+        (lambda m: (m / "00.png").rename(m / "00.jpg"), "00.jpg is no PNG: a mask is a"),
+        (lambda m: [picture(*Image.open(p).size, mode="L").save(p) for p in m.rglob("*.png")],
+         "100% of the pixels are background"),
+        (lambda m: Image.fromarray(np.arange(4000, dtype=np.uint16).reshape(50, 80)).save(
+            m / "00.png"), "00.png has 3999 labels, above 255"),
+        (lambda m: picture().save(m.parent / "images" / "00_mask.png"), "named as a mask"),
+        (lambda m: picture().save(m.parent / "images" / "00.webp"), "differ only in their suffix"),
+        (lambda m: Image.fromarray(np.zeros((50, 80), np.uint16)).save(
+            m.parent / "images" / "00.png"), "00.png has more than 8 bits per channel"),
+    ],
+)  # fmt: skip
+def test_what_is_no_image_or_mask_by_the_rules_is_refused(change, message, tmp_path, photos):
+    change(photos / "masks")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, "folder", photos / "images", masks=photos / "masks")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_of_masks_within_the_images_is_no_folder_of_images(tmp_path):
+    (tmp_path / "D" / "masks").mkdir(parents=True)
+    for i in range(4):
+        picture().save(tmp_path / "D" / f"{i}.png")
+        Image.fromarray(np.eye(50, 80, dtype=np.uint8)).save(tmp_path / "D" / "masks" / f"{i}.png")
+    with pytest.raises(ValueError, match="masks/0.png is named as a mask: give --masks its folder"):
+        load(tmp_path, "folder", tmp_path / "D")
+    parts = load(tmp_path, "folder", tmp_path / "D", masks=tmp_path / "D" / "masks")
+    assert len(parts["all"].images) == 4
+
+
+def test_damaged_images_are_named_together_and_a_malformed_exif_costs_none(tmp_path):
+    junk = b"\x00\x08\x00\x02\x01\x12\x00\x03\x00\x00"
+    for i in range(20):
+        picture().save(tmp_path / f"{i:02d}.png", exif=junk)
+    assert len(load(tmp_path, "folder", tmp_path, (32, 32))["all"].images) == 20
+    for i in (7, 11, 13):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match="(?s)07.png is damaged.*11.png.*13.png") as error:
+        load(tmp_path, "folder", tmp_path, (64, 64))
+    assert "\n" not in str(error.value)
+
+
+def test_image_and_mask_are_turned_as_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :20] = 255
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "b.png", exif=exif)
+    turned = np.rot90(pixels, -1)
+    assert np.array_equal(astseg.read_image(tmp_path / "a.png"), turned)
+    assert np.array_equal(astseg.read_labels(tmp_path / "b.png"), turned[..., 0] > 0)
+
+
+# ---- The notebook, and the map to the paper ----
+
+NOTEBOOK = HERE / "equivariance_proof.ipynb"
+
+
+def test_the_notebook_runs_from_top_to_bottom_in_a_clean_kernel():
+    """Each of its claims is an assert, so that running it is the check."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}
+    )
+    client.execute()  # raises what a cell raises
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum(cell.source.count("assert ") for cell in code) > 40
+    assert not [o for cell in code for o in cell.outputs if o.get("name") == "stderr"]
+
+
+def test_the_notebook_is_stored_with_its_outputs_and_nothing_of_the_machine():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells, code = notebook.cells, [c for c in notebook.cells if c.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    text = "".join(o.get("text", "") for o in outputs)
+    assert len(outputs) > 40 and not re.search(r"Warning|/tmp|/home|/root|site-packages", text)
+    for before, cell in zip(cells, cells[1:]):
+        assert {before.cell_type, cell.cell_type} != {"code"}  # prose between
+
+
+def test_the_table_at_the_head_of_the_module_names_what_is_there_in_its_order():
+    source = (HERE / "astseg.py").read_text()
+    rows = re.findall(r"^    (?:section|Table|Algorithm).*?  +(\w.*)$", astseg.__doc__, re.MULTILINE)
+    names = [name for row in rows for name in row.split(", ")]
+    places = [re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE) for name in names]
+    assert len(names) > 22 and all(places)
+    assert [place.start() for place in places] == sorted(place.start() for place in places)
+
+
+def test_each_equation_stands_at_its_line():
+    source = (HERE / "astseg.py").read_text()
+    tags = "".join(re.findall(r"# .*?eqs?\. (\(.*\))", source))
+    assert {int(n) for n in re.findall(r"\d+", tags)} >= {1, 4, *range(10, 23)}
+
+
+def test_the_usage_example_runs_as_written():
+    lines = [line.strip() for line in astseg.__doc__.splitlines()]
+    names = {}
+    exec("\n".join(line[4:] for line in lines if line.startswith(">>>")), names)
+    assert names["labels"].shape == (2, 64, 64)
+
+
+def test_the_readme_lists_the_places_of_all_open_choices():
+    """The function, class or table in which each `# open:` stands, in the README's table."""
+    readme = (HERE / "README.md").read_text()
+    table = readme.partition("## What is open")[2].partition("mIoU counts")[0]
+    places = set()
+    for name in ("astseg.py", "train.py"):
+        for line in (HERE / name).read_text().splitlines():
+            if found := re.match(r"(?:def|class) (\w+)|(\w+) = {", line):
+                place = found[1] or found[2]
+            if "# open: " in line:
+                places.add(place)
+    assert len(places) > 12 and places == set(re.findall(r"\| `(\w+)` \|", table))
+
+
+def test_importing_the_module_is_silent_and_touches_no_random_state():
+    code = "import torch as t; a = t.get_rng_state(); import astseg; assert a.equal(t.get_rng_state())"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

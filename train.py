@@ -334,8 +334,7 @@ def report(model, validation, line, log, folder):
     cells = (f"{line[k]:{w}.4g}" if k in line else " " * w for k, w in COLUMNS.items())
     print("".join(cells), flush=True)
     if line.get("foreground", 1) < 0.005:
-        print("warning: the foreground is empty; if so at the end of phase 2, train longer, raise "
-              "--lr or lower --log_alpha_0")  # fmt: skip
+        print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
     if line.get("clamped", 0) > 0.5:
         print("warning: most positions are clamped at the border: lower --lr, lengthen --warmup")
 
