@@ -745,8 +745,7 @@ def open_image(path, kinds=("PNG", "JPEG", "WEBP")):
         with Image.open(path, formats=kinds) as image:
             image.load()
     except Exception as error:  # Pillow raises many kinds
-        why = "damaged, or of another kind" if path.exists() else "missing"
-        raise DamagedFile(f"{path} is {why}: {' or '.join(kinds)} is taken") from error
+        raise DamagedFile(f"{path} is missing, damaged or no {' or '.join(kinds)}") from error
     with contextlib.suppress(Exception):  # a malformed EXIF block turns nothing
         image = ImageOps.exif_transpose(image)
     return image
@@ -754,7 +753,9 @@ def open_image(path, kinds=("PNG", "JPEG", "WEBP")):
 
 def read_image(path):
     """An image file as RGB, alpha dropped. Raises DamagedFile, ValueError for more than 8 bits."""
-    image, head = open_image(path), open(path, "rb").read(25)  # byte 24 of a PNG: its bits
+    image = open_image(path)
+    with open(path, "rb") as file:
+        head = file.read(25)  # the last byte of it, in a PNG file, is the number of bits
     deep = image.mode[0] in "IF" or (head[1:4] == b"PNG" and head[24] == 16)
     require(not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
     return image.convert("RGB")
@@ -812,7 +813,7 @@ def read_folder(data, masks, notes):
     stems = {path.relative_to(data).with_suffix(""): path for path in images}
     require(len(stems) == len(images), f"{data} has two images that differ only in their suffix")
     for stem, path in stems.items():
-        named = re.search("(^|[^a-z])(masks?|labels?|gt)([^a-z]|$)", str(stem).lower())
+        named = re.search("(^|[^a-z])(masks?|labels?|annotations?|gt)([^a-z]|$)", str(stem).lower())
         require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
         require(not masks or stem in found, f"{path} has no mask {masks}/{stem}.png")
     for stem in found.keys() - stems.keys():

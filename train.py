@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -155,71 +155,60 @@ def load_batch(images, backgrounds, step, batch, training):
 
 @torch.no_grad()
 def memorise_backgrounds(model, images, path):
-    """Backgrounds of all images by the frozen autoencoder: (N, 3, H, W) uint8.
-
-    They are kept where the images are: on the GPU or, mapped, in the file `path`.
-    """
-    memory = torch.empty_like(images)
-    if not images.is_cuda:
-        memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8)
-        memory = memory.view(images.shape)
-    if images.is_cuda or RANK == 0:
+    """Backgrounds (N, 3, H, W), uint8, of all images: in a mapped file, or beside them on the GPU."""
+    memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8).view(images.shape)
+    if RANK == 0:
         for part, target in zip(images.split(100), memory.split(100)):
             background, _ = model.eval().background(to_float(part))
             target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
     wait()
-    return memory
+    return memory.to(images.device)
 
 
 # ---- The curriculum (section 4.2.2) ----
 
 
-class Phase(NamedTuple):
-    name: str  # "background", "foreground" (before a frozen background) or "joint"
-    start: int  # first step
-    stop: int
-
-
 def curriculum(training):
-    """The phases of a scenario, in order."""
-    background, middle = Phase("background", 0, training.background_steps), training.phase2_steps
+    """The phases of a scenario: (name, first step, stop); "foreground" has a frozen background."""
+    background = ("background", 0, training.background_steps)
     if training.scenario == "BT":
-        return [Phase("joint", 0, training.steps)]
+        return [("joint", 0, training.steps)]
     if training.scenario == "frozen":
-        return [background, Phase("foreground", 0, training.steps)]
+        return [background, ("foreground", 0, training.steps)]
     # open: phases 2 and 3 share one step counter
-    return [background, Phase("foreground", 0, middle), Phase("joint", middle, training.steps)]
+    middle = training.phase2_steps
+    return [background, ("foreground", 0, middle), ("joint", middle, training.steps)]
 
 
 def make_optimizer(model, phase, training):
     """The optimiser of a phase; only what the phase trains has gradients from here on."""
-    model.requires_grad_(phase.name == "joint")
-    if phase.name == "background":
-        parameters = model.background.requires_grad_(True).parameters()
+    model.requires_grad_(phase == "joint")
+    if phase == "background":
+        model.background.requires_grad_(True)
         # open: AdamW with its default betas and no weight decay in phase 1
-        return torch.optim.AdamW(parameters, weight_decay=0.0)
-    parts = [
-        (model.generator.parameters(), 1.0),
-        (model.encoder.parameters(), training.refinement_lr_factor),  # all are the refinement's
-        (model.renderer.glimpse_generator.parameters(), training.glimpse_lr_factor),
-        ([model.renderer.log_alpha_0], training.alpha_0_lr_factor),
-        # open: in phase 3 the background learns from (22) alone
-        (model.background.parameters() if phase.name == "joint" else (), 1.0),
+        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0)
+    factors = {
+        model.generator: 1.0,
+        model.encoder: training.refinement_lr_factor,  # all its parameters are the refinement's
+        model.renderer.glimpse_generator: training.glimpse_lr_factor,
+    }
+    if phase == "joint":  # open: here the background learns from (22) alone
+        factors[model.background] = 1.0
+    groups = [
+        dict(params=[*part.requires_grad_(True).parameters()], factor=factor)
+        for part, factor in factors.items()
     ]
-    groups = [dict(params=[*parameters], factor=factor) for parameters, factor in parts]
-    groups = [group for group in groups if group["params"]]
-    for group in groups:
-        for parameter in group["params"]:
-            parameter.requires_grad_(True)
+    alpha_0 = model.renderer.log_alpha_0.requires_grad_(True)
+    groups.append(dict(params=[alpha_0], factor=training.alpha_0_lr_factor))
     # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
-    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9)
+    return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-9)
 
 
 def set_learning_rate(optimizer, phase, step, training):
     """Set and return the rate of the update after `step` others."""
     t = training
-    if phase.name == "background":  # open: a tenth of the rate from 80 % of phase 1 on
-        lr = astseg.learning_rate(step, t.background_lr, phase.stop, decay_at=0.8)
+    if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
+        lr = astseg.learning_rate(step, t.background_lr, t.background_steps, decay_at=0.8)
     else:  # open: update t uses the rate of step t + 1, the entropy weight of step t
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
@@ -259,24 +248,24 @@ def train(config, training, folder, resume=False):
     (folder / "settings.json").write_text(json.dumps(asdict(config) | asdict(training), indent=1))
     started = time.time() - state["seconds"]
 
-    for number, phase in list(enumerate(curriculum(training)))[state["phase"] :]:
-        optimizer, start = make_optimizer(model, phase, training), phase.start
+    for number, (phase, start, stop) in list(enumerate(curriculum(training)))[state["phase"] :]:
+        optimizer = make_optimizer(model, phase, training)
         if "optimizer" in state:  # of this phase, resumed
             optimizer.load_state_dict(state.pop("optimizer"))
             torch.set_rng_state(state["random"] if RANK == 0 else torch.get_rng_state())
             start = state["step"]
-        alone = phase.name == "background"
+        alone = phase == "background"
         batch = training.background_batch if alone else training.batch
         network = model.background if alone else model
         network = torch.compile(network) if GPU and training.compile else network
         network = DistributedDataParallel(network) if RANKS > 1 else network
         backgrounds = None
-        if phase.name == "foreground":
+        if phase == "foreground":
             backgrounds = memorise_backgrounds(model, images, folder / "backgrounds.u8")
-        print(f"\nphase {number + 1}, {phase.name}: steps {start} to {phase.stop}\n{LOG_HEAD}")
+        print(f"\nphase {number + 1}, {phase}: steps {start} to {stop}\n{LOG_HEAD}")
         losses, clock = [], time.time()
         model.train()
-        for step in range(start, phase.stop):
+        for step in range(start, stop):
             lr = set_learning_rate(optimizer, phase, step, training)
             x, behind = load_batch(images, backgrounds, step, batch, training)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU and training.bf16):
@@ -291,15 +280,15 @@ def train(config, training, folder, resume=False):
 
             # Plumbing from here on: log, evaluate, save.
             losses.append(loss.detach())
-            done, last = step + 1, step + 1 == phase.stop
+            done, last = step + 1, step + 1 == stop
             judge = not alone and (last or done % training.evaluate_every == 0)
             save = last or done % training.checkpoint_every == 0
             if judge or save or done % training.log_every == 0:
                 mean, speed = torch.stack(losses).mean().item(), len(losses) * batch
                 if not math.isfinite(mean):
-                    raise FloatingPointError(f"the loss of {phase.name} is {mean} by step {done}: "
+                    raise FloatingPointError(f"the loss of {phase} is {mean} by step {done}: "
                                              f"lower the rate, or --resume {folder}")  # fmt: skip
-                line = {"phase": phase.name, "step": done, "lr": lr, "loss": mean,
+                line = {"phase": phase, "step": done, "lr": lr, "loss": mean,
                         "images/s": speed / (time.time() - clock)}  # fmt: skip
                 if RANK == 0:
                     report(model, parts["val"] if judge else None, line, state["log"], folder)
