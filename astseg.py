@@ -268,12 +268,13 @@ def spatial_transformer(glimpses, position, scale, height, width):
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
     """
-    # The point p of the image shows the glimpse at s (p - position).
-    (x, y), (sx, sy), zero = position.T, scale.T, torch.zeros_like(scale[:, 0])  # each (N,)
-    theta = torch.stack((sx, zero, -sx * x, zero, sy, -sy * y), dim=1).view(-1, 2, 3)
+    # The point p of the image shows the glimpse at s (p - position), an affine map.
     # open: bilinear, zero outside the glimpse, +-1 at the outer edges (align_corners=False)
-    size = (len(glimpses), 1, height, width)
-    grid = F.affine_grid(theta, size, align_corners=False)  # (N, height, width, 2)
+    columns = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (width,)
+    rows = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (height,)
+    u = (scale[:, :1] * (columns - position[:, :1]))[:, None]  # (N, 1, width)
+    v = (scale[:, 1:] * (rows - position[:, 1:]))[..., None]  # (N, height, 1)
+    grid = torch.stack(torch.broadcast_tensors(u, v), dim=-1)  # (N, height, width, 2)
     return F.grid_sample(glimpses, grid, align_corners=False)
 
 
