@@ -14,7 +14,7 @@ which pixels are its own. One batch, from images to loss:
      |     moved and shrunk ---------> layers L (B, K, 3, H, W), masks M (B, K, H, W)
      |     alpha M, normalised (17) -> weights w (B, K + 1, H, W); their argmax is the segmentation
      `-- background autoencoder -----> L_0 (B, 3, H, W)
-    sum of w L (18) -> reconstruction (B, 3, H, W) -> its error, and w one-hot (19)-(22) -> loss ()
+    sum of w L (18) -> reconstruction (B, 3, H, W); error (19)(20) + entropy of w (21) -> loss (22)
 
     >>> import torch, astseg
     >>> model = astseg.ASTSeg(astseg.Config(height=64, width=64, slots=4, backbone="tiny")).eval()
@@ -394,7 +394,7 @@ class BackgroundAutoencoder(nn.Module):
     def forward(self, images):
         # open: images enter the autoencoder in [0, 1], not in the authors' 0..255
         latents = self.encoder(images)  # (B, 16, 1, 1)
-        output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W), in fp32
+        output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W), not in bf16
         return output[:, :3], output[:, 3]
 
 
@@ -436,11 +436,15 @@ class Config:
         for name in ("generator", "backbone", "background_kind"):
             value, choices = getattr(self, name), get_args(self.__annotations__[name])
             require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
+        for name, value in vars(self).items():
+            good = type(value) in (str, bool) or value > 0 or name in ("dropout", "log_alpha_0")
+            require(good, f"{name} is {value}: use a positive number")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
         heads, sides = self.transformer_heads, (self.height, self.width)
-        require(1 <= self.slots <= 255, f"slots is {self.slots}: use 1..255")
+        require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
         scales = f"scale_min is {self.scale_min} and scale_max {self.scale_max}"
-        require(0 < self.scale_min < self.scale_max, f"{scales}: use 0 < scale_min < scale_max")
-        divides = heads > 0 and self.dim_transformer % heads == 0
+        require(self.scale_min < self.scale_max, f"{scales}: the first must be smaller")
+        divides = self.dim_transformer % heads == 0
         require(divides, f"{heads} heads do not divide dim_transformer {self.dim_transformer}")
         require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
 
@@ -487,7 +491,7 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
             refinement = Refinement(dim_latent + 2, *widths, c.transformer_layers, c.dropout)
         bounds = (c.scale_min, c.scale_max)
         self.encoder = Encoder(c.slots, dim_scale, c.dim_z_what, *bounds, refinement)
-        glimpse = 32 if max(size) <= 64 else 64  # G (Table 7)
+        glimpse = 32 if max(size) <= 64 else 64  # open: G is 64 above 128 px too (Table 7)
         alpha_0 = (c.log_alpha_0, c.alpha_0_per_pixel)
         self.renderer = Renderer(*size, c.dim_z_what, glimpse, *alpha_0)
         self.background = BackgroundAutoencoder(*size, c.background_kind, c.background_width)
@@ -656,6 +660,7 @@ def squared_error(images, reconstruction):
 def start_as_identity(refinement):
     """Let the refinement begin by changing next to nothing; PyTorch's own start takes too long."""
     width, dim = refinement.embedding.weight.shape
+    require(width > dim + 1, f"dim_transformer is {width}: the identity start needs {dim + 2}")
     # open: initialisation: each layer adds zero, and a large bias makes its norms nearly linear
     bias = torch.tensor([1.0, -1.0]).repeat(width // 2 + 1)[:width]
     frame = torch.cat((torch.ones(width, 1), bias[:, None], torch.randn(width, dim)), dim=1)
@@ -813,8 +818,11 @@ def read_folder(data, masks, notes):
     found = {p.relative_to(masks).with_suffix(""): p for p in list_files(masks)} if masks else {}
     stems = {path.relative_to(data).with_suffix(""): path for path in images}
     require(len(stems) == len(images), f"{data} has two images that differ only in their suffix")
+    once = not masks or len(found) == len(list_files(masks))
+    require(once, f"{masks} has two files that differ only in their suffix")
     for stem, path in stems.items():
-        named = re.search("(^|[^a-z])(masks?|labels?|annotations?|gt)([^a-z]|$)", str(stem).lower())
+        words = "(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)"
+        named = re.search(words, str(stem).lower())
         require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
         require(not masks or stem in found, f"{path} has no mask {masks}/{stem}.png")
     for stem in found.keys() - stems.keys():
@@ -937,7 +945,7 @@ def prepare(dataset, data, masks, height, width):
     notes += [f"{count} images", f"mean brightness {images[::tenth].float().mean() / 255:.2f}"]
     if counts:
         maps = torch.frombuffer(maps, dtype=torch.uint8).view(-1, height, width)
-        empty = (maps == 0).float().mean().item()
+        empty = 1 - maps.count_nonzero().item() / maps.numel()
         fits = 0 < empty < 1 or dataset != "folder"  # a published set may have no object
         require(fits, f"{masks}: {empty:.0%} of the pixels are background")
         notes.append(f"labels, {min(counts)}..{max(counts)} objects each, background {empty:.0%}")
@@ -951,21 +959,29 @@ def prepare(dataset, data, masks, height, width):
     return dict(images=images, labels=maps if counts else None, ends=ends, most=most, taken=taken)
 
 
+def load_tensors(path, **options):
+    """What torch.save wrote, on the CPU. Raises OSError with the file's name if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except Exception as error:
+        raise OSError(f"{path} is damaged: delete it, and start again") from error
+
+
 def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
     """The parts "test", "val", "train" and "all" of a data set, Images each, mapped from a cache.
 
     The first call decodes it, every call prints what was taken. slots is K, to warn of soft edges.
     Raises OSError or ValueError, in a sentence, and then leaves no cache.
     """
-    data, masks = Path(data).resolve(), Path(masks).resolve() if masks else None
+    data, masks = (Path(os.path.abspath(path)) if path else None for path in (data, masks))
     key = zlib.crc32(os.fsencode(f"{data}:{masks}"))
     path = Path(cache, f"{dataset}-{height}x{width}-{key:08x}.pt")
     if not path.exists():
-        prepared, temporary = prepare(dataset, data, masks, height, width), f"{path}.{os.getpid()}"
+        prepared = prepare(dataset, data, masks, height, width)
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(prepared, temporary)
-        os.replace(temporary, path)
-    stored = torch.load(path, mmap=True, weights_only=True)
+        torch.save(prepared, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+    stored = load_tensors(path, mmap=True)
     print(f"{stored['taken']}; cached in {path}, delete it to decode again")
     if stored["most"] > 4 * slots:
         print(f"warning: up to {stored['most']} labels per image for {slots} slots: soft edges?")

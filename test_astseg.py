@@ -149,9 +149,12 @@ def test_the_paper_settings_of_each_data_set(dataset, side, slots, isotropic, ch
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(slots=0), "slots is 0: use 1..255"),
+        (dict(slots=0), "slots is 0: use a positive number"),
+        (dict(slots=256), "slots is 256: label maps hold 255 objects at most"),
+        (dict(dropout=1.0), "dropout is 1.0: use 0..1, without 1"),
+        (dict(dim_z_what=-1), "dim_z_what is -1: use a positive number"),
         (dict(scale_min=5, scale_max=5), "scale_min is 5 and scale_max 5"),
-        (dict(scale_min=0), "0 < scale_min"),
+        (dict(scale_min=0), "scale_min is 0: use a positive number"),
         (dict(generator="resnet"), "generator is 'resnet': use one of segformer, unet"),
         (dict(backbone="b9"), "backbone is 'b9'"),
         (dict(background_kind="hard"), "background_kind is 'hard'"),
@@ -980,15 +983,20 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--slots 0", "slots is 0: use 1..255"),
-        ("--batch 0", "batch is 0: use 1 or more"),
+        ("--slots 0", "slots is 0: use a positive number"),
+        ("--batch 0", "batch is 0: use a positive number"),
+        ("--lr nan", "lr is nan: use a positive number"),
+        ("--flip maybe", "invalid boolean value: 'maybe'"),
+        ("--part val", "--part is for --evaluate only"),
+        ("--dim_transformer 16", "the identity start needs 38"),
+        ("--dataset folder --data .", "is inside the data: name another --output"),
         ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 6200 steps"),
         ("--height 40", "shapes are drawn on squares"),
         ("--generator vit", "invalid choice: 'vit'"),
         ("--colour blue", "unrecognized arguments: --colour blue"),
         ("--dataset clevr", "dataset clevr with data '': all but shapes need --data"),
         ("--dataset folder --data /nowhere", "/nowhere"),
-        ("--train_images 3", "3 training images are no batch of 32"),
+        ("--train_images 3", "3 training images do not fill a batch of 32"),
         ("--resume /nowhere", "/nowhere has no checkpoint to resume from"),
         ("--resume /nowhere --lr 1", "--resume takes the run's own settings: leave out ['lr']"),
         ("--evaluate /nowhere --slots 9", "leave out ['slots']"),
@@ -1003,6 +1011,13 @@ def test_impossible_arguments_are_refused_in_a_sentence(arguments, message, tmp_
         train.main(arguments.split())
     assert message in capsys.readouterr().err + str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, whole_run):
+    for name, size in (("settings.json", None), ("checkpoint.pt", 5000)):
+        (tmp_path / name).write_bytes((whole_run[0] / name).read_bytes()[:size])
+    with pytest.raises(OSError, match="checkpoint.pt is damaged: delete it"):
+        train.main(["--resume", str(tmp_path)])
 
 
 def test_a_refusal_is_one_line_and_a_run_is_not_overwritten(whole_run):
@@ -1231,6 +1246,7 @@ def picture(*size, mode="RGB"):
             m / "00.png"), "00.png has 3999 labels, above 255"),
         (lambda m: picture().save(m.parent / "images" / "00_mask.png"), "named as a mask"),
         (lambda m: picture().save(m.parent / "images" / "00.webp"), "differ only in their suffix"),
+        (lambda m: picture().save(m / "00.PNG"), "two files that differ only in their suffix"),
         (lambda m: Image.fromarray(np.zeros((50, 80), np.uint16)).save(
             m.parent / "images" / "00.png"), "00.png has more than 8 bits per channel"),
     ],

@@ -76,8 +76,10 @@ class Training:
     checkpoint_every: int = 500
 
     def __post_init__(self):
-        for name in ("steps", "batch", "background_batch", "train_images", "log_every"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: use 1 or more")
+        zero = ("seed", "phase2_steps", "warmup", "entropy_weight", "entropy_warmup")
+        for name, value in vars(self).items():
+            good = type(value) in (str, bool) or value > 0 or (value == 0 and name in zero)
+            require(good, f"{name} is {value}: use a positive number")
         inside = 0 <= self.phase2_steps <= self.steps
         require(inside, f"phase2_steps is {self.phase2_steps}: use a part of {self.steps} steps")
         fits = (self.dataset == "shapes") == (not self.data)
@@ -155,8 +157,9 @@ def load_batch(images, backgrounds, step, batch, training):
 
 @torch.no_grad()
 def memorise_backgrounds(model, images, path):
-    """Backgrounds (N, 3, H, W), uint8, of all images: in a mapped file, or beside them on the GPU."""
-    memory = torch.from_file(str(path), True, images.numel(), dtype=torch.uint8).view(images.shape)
+    """Backgrounds (N, 3, H, W), uint8, of all images, in a mapped file or beside them on the GPU."""
+    memory = torch.from_file(str(path), shared=True, size=images.numel(), dtype=torch.uint8)
+    memory = memory.view(images.shape)
     if RANK == 0:
         for part, target in zip(images.split(100), memory.split(100)):
             background, _ = model.eval().background(to_float(part))
@@ -219,13 +222,13 @@ def set_learning_rate(optimizer, phase, step, training):
 # ---- The loop ----
 
 
-def build_model(config, training):
+def build_model(config, training, resume=False):
     """A model of random, or partly pretrained, weights, on the device."""
     torch.manual_seed(training.seed)
     model = ASTSeg(config)
     if config.transformer and training.refinement_start == "identity":
         astseg.start_as_identity(model.encoder.refinement)
-    if training.pretrained:
+    if training.pretrained and not resume:
         model.generator.load_backbone(training.pretrained)
     if GPU and RANKS > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -235,25 +238,33 @@ def build_model(config, training):
 
 def train(config, training, folder, resume=False):
     """The whole curriculum, from the start or a checkpoint -> model, data, log, seconds."""
-    parts, model = load_data(config, training), build_model(config, training)
-    images, largest = parts["train"].images, max(training.batch, training.background_batch)
-    require(len(images) >= largest, f"{len(images)} training images are no batch of {largest}")
+    parts, model = load_data(config, training), build_model(config, training, resume)
+    images, batches = parts["train"].images, (training.batch, training.background_batch)
+    fits = len(images) >= max(batches)
+    require(fits, f"{len(images)} training images do not fill a batch of {max(batches)}")
+    shared = all(batch % RANKS == 0 for batch in batches)
+    require(shared, f"batches of {batches} images cannot be shared by {RANKS} processes")
+    for name, part in parts.items():
+        require(len(part.images), f"{training.data} has no {name} part")
     if GPU and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(DEVICE)  # and later their backgrounds
     state = dict(phase=0, seconds=0.0, log=[])
     if resume:
-        state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(asdict(config) | asdict(training), indent=1))
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = asdict(config) | asdict(training)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
     started = time.time() - state["seconds"]
 
     for number, (phase, start, stop) in list(enumerate(curriculum(training)))[state["phase"] :]:
         optimizer = make_optimizer(model, phase, training)
         if "optimizer" in state:  # of this phase, resumed
             optimizer.load_state_dict(state.pop("optimizer"))
-            torch.set_rng_state(state["random"] if RANK == 0 else torch.get_rng_state())
             start = state["step"]
+            if RANK == 0:
+                torch.set_rng_state(state["random"])
         alone = phase == "background"
         batch = training.background_batch if alone else training.batch
         network = model.background if alone else model
@@ -300,7 +311,8 @@ def train(config, training, folder, resume=False):
                 whole = state | dict(optimizer=optimizer.state_dict())
                 torch.save(whole, folder / "checkpoint.tmp")
                 os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-        (folder / "backgrounds.u8").unlink(missing_ok=True)
+        if RANK == 0:
+            (folder / "backgrounds.u8").unlink(missing_ok=True)
     return model, parts, state["log"], time.time() - started
 
 
@@ -429,8 +441,9 @@ def write_results(model, data, log, folder, facts):
     (folder / "metrics.json").write_text(json.dumps(results, indent=1))
     picture_grid(segmentation_rows(model, data, 10), folder / "segmentation.png")
     picture_grid(slot_rows(model, data), folder / "slots.png")
-    first, *rest = map(Image.open, sorted((folder / "training").glob("*.png")))
-    first.save(folder / "training.gif", save_all=True, append_images=rest, duration=500, loop=0)
+    frames = map(astseg.open_image, sorted((folder / "training").glob("*.png")))
+    options = dict(save_all=True, append_images=frames, duration=500, loop=0)
+    next(frames).save(folder / "training.gif", **options)
     figure = Figure((12, 3), layout="constrained")
     axes, two = figure.subplots(1, 3), ("foreground", "joint")
     for place, key, phases in ((0, "loss", ("background",)), (1, "loss", two), (2, "mIoU", two),
@@ -529,7 +542,7 @@ def read_settings(folder):
 
 
 def boolean(text):
-    return {"true": True, "false": False}[text.lower()]
+    return bool(("false", "true").index(text.lower()))  # a ValueError for anything else
 
 
 def parse(arguments):
@@ -569,13 +582,17 @@ def main(arguments=None):
             torch.cuda.set_device(DEVICE)
         dist.init_process_group(timeout=timedelta(days=1))  # the first one may decode for hours
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    given |= {name: os.path.abspath(given[name]) for name in {"data", "masks"} & given.keys()}
+    for name in {"data", "masks", "cache"} & given.keys():
+        given[name] = given[name] and os.path.abspath(given[name])
     if "evaluate" in given:
         return evaluate_runs(given.pop("evaluate"), given, given.pop("part", "test"))
     dataset, resume = given.get("dataset", "shapes"), "resume" in given
     folder = given.pop("resume", None) or given.pop("output", Path("runs", dataset))
     exists = (folder / "checkpoint.pt").exists()
     require(exists or not resume, f"{folder} has no checkpoint to resume from")
+    inside = Path(given.get("data") or "/dev/null") in folder.absolute().parents
+    require(not inside, f"{folder} is inside the data: name another --output")
+    require("part" not in given, "--part is for --evaluate only")
     require(resume or not exists, f"{folder} holds a run: --resume it, or name another --output")
     if resume:
         config, training = read_settings(folder)
@@ -593,6 +610,7 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
     try:
         main()
         if RANKS > 1:
@@ -600,4 +618,4 @@ if __name__ == "__main__":
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; --resume goes on from the last checkpoint")
+        sys.exit("train.py: interrupted; a run goes on from its last checkpoint by --resume")
