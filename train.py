@@ -96,8 +96,8 @@ SMALL = dict(
     refinement_lr_factor=0.1, alpha_0_lr_factor=0.33, glimpse_lr_factor=3.0,
 )  # fmt: skip
 SHAPES = SMALL | dict(
-    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=6200,
-    phase2_steps=5000, warmup=100, decay_at=0.65, entropy_weight=0.02, entropy_warmup=1000,
+    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=5000,
+    phase2_steps=4000, warmup=100, decay_at=0.65, entropy_weight=0.02, entropy_warmup=1000,
     train_images=8000,
 )  # fmt: skip
 
@@ -157,7 +157,7 @@ def load_batch(images, backgrounds, step, batch, training):
 
 @torch.no_grad()
 def memorise_backgrounds(model, images, path):
-    """Backgrounds (N, 3, H, W), uint8, of all images, in a mapped file or beside them on the GPU."""
+    """Backgrounds (N, 3, H, W), uint8, of all images: in a mapped file, or on the GPU as they."""
     memory = torch.from_file(str(path), shared=True, size=images.numel(), dtype=torch.uint8)
     memory = memory.view(images.shape)
     if RANK == 0:
