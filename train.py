@@ -189,7 +189,7 @@ def make_optimizer(model, phase, training):
     if phase == "background":
         model.background.requires_grad_(True)
         # open: AdamW with its default betas and no weight decay in phase 1
-        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0)
+        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, fused=True)
     factors = {
         model.generator: 1.0,
         model.encoder: training.refinement_lr_factor,  # all its parameters are the refinement's
@@ -204,7 +204,8 @@ def make_optimizer(model, phase, training):
     alpha_0 = model.renderer.log_alpha_0.requires_grad_(True)
     groups.append(dict(params=[alpha_0], factor=training.alpha_0_lr_factor))
     # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
-    return torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.98), eps=1e-9)
+    groups = [group for group in groups if group["params"]]  # there may be no refinement
+    return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
 def set_learning_rate(optimizer, phase, step, training):
