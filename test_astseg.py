@@ -990,7 +990,7 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
         ("--part val", "--part is for --evaluate only"),
         ("--dim_transformer 16", "the identity start needs 38"),
         ("--dataset folder --data .", "is inside the data: name another --output"),
-        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 5000 steps"),
+        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 5600 steps"),
         ("--height 40", "shapes are drawn on squares"),
         ("--generator vit", "invalid choice: 'vit'"),
         ("--colour blue", "unrecognized arguments: --colour blue"),

@@ -96,8 +96,8 @@ SMALL = dict(
     refinement_lr_factor=0.1, alpha_0_lr_factor=0.33, glimpse_lr_factor=3.0,
 )  # fmt: skip
 SHAPES = SMALL | dict(
-    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=5000,
-    phase2_steps=4000, warmup=100, decay_at=0.65, entropy_weight=0.02, entropy_warmup=1000,
+    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=5600,
+    phase2_steps=4500, warmup=100, decay_at=0.65, entropy_weight=0.02, entropy_warmup=1000,
     train_images=8000,
 )  # fmt: skip
 
