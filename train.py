@@ -549,7 +549,8 @@ def boolean(text):
 def parse(arguments):
     """The flags that were given, name -> value."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python train.py [--setting value ...]", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     for name, count in (("resume", None), ("evaluate", "+"), ("segment", "+"), ("output", None)):
