@@ -901,11 +901,13 @@ DATASETS = {
     "objectsroom": (read_tfrecords, ("objects_room_train", 64, 64, 7, 4), 1.0, 0.5),
     "clevrtex": (read_clevrtex, "full", 0.8, 0.5),
 }
-for name, masks in (("six_objects", 10), ("identical_color", 10), ("empty_room", 4)):
-    form = (f"objects_room_test_{name}", 64, 64, masks, 4)
-    DATASETS[name] = (read_tfrecords, form, 1.0, 0.5)
-for name in ("outd", "camo", "pbg", "vbg", "grassbg"):
-    DATASETS[name] = (read_clevrtex, name, 0.8, 0.5)
+DATASETS |= {
+    name: (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4), 1.0, 0.5)
+    for name, masks in (("six_objects", 10), ("identical_color", 10), ("empty_room", 4))
+}
+DATASETS |= {
+    name: (read_clevrtex, name, 0.8, 0.5) for name in ("outd", "camo", "pbg", "vbg", "grassbg")
+}
 
 
 def centre_crop(size, height, width, crop=1.0):
