@@ -330,7 +330,8 @@ def report(model, validation, line, log, folder):
         line |= evaluate(model, some)
         (folder / "training").mkdir(exist_ok=True)
         picture = folder / "training" / f"{line['step']:06d}.png"
-        picture_grid(segmentation_rows(model, some, 4), picture)
+        rows = segmentation_rows(model, some, 4)
+        picture_grid({f"step {line['step']}": rows.pop("input")} | rows, picture)
     log.append(line)
     (folder / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in log))
     cells = (f"{line[k]:{w}.4g}" if k in line else " " * w for k, w in COLUMNS.items())
