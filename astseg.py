@@ -43,7 +43,7 @@ away, without it nothing can. Label 0 is the background, label k slot k. "# eq."
 "# open:" what the paper leaves open, or we do otherwise (see the README).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -432,14 +432,17 @@ class Config:
     background_kind: Literal["simple", "complex"] = "complex"  # for fixed or varying backgrounds
     background_width: float = 1.0  # factor on the background autoencoder's channels
 
+    zero = ("dropout",)  # settings that may be 0
+
     def __post_init__(self):
-        for name in ("generator", "backbone", "background_kind"):
-            value, choices = getattr(self, name), get_args(self.__annotations__[name])
-            require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
-        for name, value in vars(self).items():
-            good = type(value) in (str, bool) or value > 0 or name in ("dropout", "log_alpha_0")
+        for field in fields(self):
+            name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
+            known = not choices or value in choices
+            require(known, f"{name} is {value!r}: use one of {', '.join(choices)}")
+            number = type(value) not in (str, bool) and name != "log_alpha_0"
+            good = not number or value > 0 or (value == 0 and name in self.zero)
             require(good, f"{name} is {value}: use a positive number")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
+        require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
         heads, sides = self.transformer_heads, (self.height, self.width)
         require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
         scales = f"scale_min is {self.scale_min} and scale_max {self.scale_max}"
@@ -677,7 +680,13 @@ def start_as_identity(refinement):
 # =================================================================================================
 # Data: nothing below is needed to understand the model; notebooks and forks import it from here.
 
-import colorsys, contextlib, gzip, itertools, os, re, struct, zlib  # noqa: E401
+import colorsys
+import gzip
+import itertools
+import os
+import re
+import struct
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -741,43 +750,38 @@ def draw_image(size, random):
 # ---- Readers of files: generators of (image, labels or None, part or "" to cut by index) ----
 
 
-class DamagedFile(OSError):
-    """A file that is no image of the wanted kind, or only a part of one."""
+def open_image(path, mask=False):
+    """An image as RGB, or a mask in its own mode, turned as its EXIF tag says.
 
-
-def open_image(path, kinds=("PNG", "JPEG", "WEBP")):
-    """An image file in its own mode, turned as its EXIF tag says. Raises DamagedFile."""
+    Raises OSError for a damaged file, ValueError for more than 8 bits per channel.
+    """
+    kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
     try:
         with Image.open(path, formats=kinds) as image:
+            deep = ";16" in str(image.tile)
             image.load()
     except Exception as error:  # Pillow raises many kinds
-        raise DamagedFile(f"{path} is missing, damaged or no {' or '.join(kinds)}") from error
-    with contextlib.suppress(Exception):  # a malformed EXIF block turns nothing
+        raise OSError(f"{path} is missing, damaged or no {' or '.join(kinds)}") from error
+    require(mask or not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
+    try:
         image = ImageOps.exif_transpose(image)
-    return image
-
-
-def read_image(path):
-    """An image file as RGB, alpha dropped. Raises DamagedFile, ValueError for more than 8 bits."""
-    image = open_image(path)
-    with open(path, "rb") as file:
-        head = file.read(25)  # the last byte of it, in a PNG file, is the number of bits
-    deep = image.mode[0] in "IF" or (head[1:4] == b"PNG" and head[24] == 16)
-    require(not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
-    return image.convert("RGB")
+    except Exception:  # a malformed EXIF block turns nothing
+        pass
+    return image if mask else image.convert("RGB")
 
 
 def read_labels(path, dataset="folder"):
     """A label map (h, w), uint8; of a folder renumbered 1, 2, ... in the order of its values."""
     rule = "a mask is a single-channel PNG whose values are the labels, 0 the background"
     require(path.suffix.lower() in (".png", ".map"), f"{path} is no PNG: {rule}")
-    image = open_image(path, ("PNG",))
+    image = open_image(path, mask=True)
     if dataset == "shapestacks":
         return np.array(image.getchannel(0)) // 32
     require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {rule}")
-    labels = values = np.array(image)
+    labels = np.array(image)
     if dataset == "folder":
-        labels = np.unique(np.append(0, values), return_inverse=True)[1][1:].reshape(values.shape)
+        shape, labels = labels.shape, np.unique(np.append(0, labels), return_inverse=True)[1]
+        labels = labels[1:].reshape(shape)
     require(labels.max() < 256, f"{path} has {labels.max()} labels, above 255: are its edges soft?")
     return labels.astype(np.uint8)
 
@@ -787,8 +791,8 @@ def decoded(items, dataset):
     damaged = []
     for path, mask, part in tqdm(items, "decoding", disable=None, leave=False):
         try:
-            image, labels = read_image(path), mask and read_labels(mask, dataset)
-        except DamagedFile as error:
+            image, labels = open_image(path), mask and read_labels(mask, dataset)
+        except OSError as error:
             damaged.append(str(error))
             require(len(damaged) < 10, "; ".join(damaged))
             continue
@@ -809,25 +813,30 @@ def list_files(folder):
     return sorted(folder / p for p in paths if not any(part[0] == "." for part in p.parts))
 
 
+MASK_NAME = re.compile(r"(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)")
+
+
 def read_folder(data, masks, notes):
     """PNG, JPEG and WebP images; masks of the same sub-folder and stem in a folder of their own."""
+
+    def by_stem(folder, paths):
+        stems = {path.relative_to(folder).with_suffix(""): path for path in paths}
+        once = len(stems) == len(paths)
+        require(once, f"{folder} has two files that differ only in their suffix")
+        return stems
+
     files = [p for p in list_files(data) if not masks or masks not in p.parents]
     images = [p for p in files if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     other = Counter(p.suffix for p in files) - Counter(p.suffix for p in images)
     notes += [f"{n} files {suffix} passed over" for suffix, n in other.items()]
-    found = {p.relative_to(masks).with_suffix(""): p for p in list_files(masks)} if masks else {}
-    stems = {path.relative_to(data).with_suffix(""): path for path in images}
-    require(len(stems) == len(images), f"{data} has two images that differ only in their suffix")
-    once = not masks or len(found) == len(list_files(masks))
-    require(once, f"{masks} has two files that differ only in their suffix")
-    for stem, path in stems.items():
-        words = "(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)"
-        named = re.search(words, str(stem).lower())
+    images, labels = by_stem(data, images), by_stem(masks, list_files(masks)) if masks else {}
+    for stem, path in images.items():
+        named = MASK_NAME.search(str(stem).lower())
         require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
-        require(not masks or stem in found, f"{path} has no mask {masks}/{stem}.png")
-    for stem in found.keys() - stems.keys():
-        raise ValueError(f"{found[stem]} has no image {data}/{stem}")
-    yield from decoded([(path, found.get(stem), "") for stem, path in stems.items()], "folder")
+        require(not masks or stem in labels, f"{path} has no mask {masks}/{stem}.png")
+    for stem in labels.keys() - images.keys():
+        raise ValueError(f"{labels[stem]} has no image {data}/{stem}")
+    yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
 
 
 def read_clevrtex(data, variant, notes):
@@ -861,16 +870,16 @@ def read_tfrecords(data, form, notes):
     name, height, width, masks, walls = form
     path = data if data.is_file() else data / f"{name}.tfrecords"
 
-    def values(record, key, count):
+    def values(record, key, *shape):
         # Tag, length, key; tag, length, list; each byte is an entry: tag 10, length 1, the byte.
-        varint = rb"[\x80-\xff]*[\0-\x7f]"
-        match = re.search(rb"\n.%s\x12%s\n%s" % (key, varint, varint), record, re.DOTALL)
-        end = match.end() + 3 * count if match else 0
-        entries = np.frombuffer(record[match.end() : end] if match else b"", np.uint8)
-        whole = len(entries) == 3 * count and record[end : end + 2] != b"\n\1"
-        if not whole or (entries.reshape(-1, 3)[:, :2] != (10, 1)).any():
-            raise ValueError(f"{key.decode()} is not {count} entries of one byte")
-        return entries[2::3]
+        varint, count = rb"[\x80-\xff]*[\0-\x7f]", int(np.prod(shape))
+        start = re.search(rb"\n.%s\x12%s\n%s" % (key, varint, varint), record, re.DOTALL)
+        first = start.end() if start else len(record)
+        entries = np.frombuffer(record[first : first + 3 * count], np.uint8)
+        whole = len(entries) == 3 * count and record[first + 3 * count :][:2] != b"\n\1"
+        whole = whole and (entries.reshape(-1, 3)[:, :2] == (10, 1)).all()
+        require(whole, f"{key.decode()} is not {count} entries of one byte")
+        return entries[2::3].reshape(shape)
 
     with open(path, "rb") as file:
         opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
@@ -883,9 +892,9 @@ def read_tfrecords(data, form, notes):
                 size = struct.unpack("<Q", head[:8])[0]
                 record = file.read(size + 4) if size < 1 << 30 else b""
                 require(len(record) == size + 4, "it is cut short, or no record")
-                image = values(record, b"image", height * width * 3).reshape(height, width, 3)
-                mask = values(record, b"mask", masks * height * width).reshape(-1, height, width)
-            except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+                image = values(record, b"image", height, width, 3)
+                mask = values(record, b"mask", masks, height, width)
+            except Exception as error:  # of gzip, zlib, struct or the two above
                 raise OSError(f"{path}, record {number}: {error}") from error
             labels = mask.argmax(0).clip(walls - 1) - (walls - 1)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
@@ -901,13 +910,10 @@ DATASETS = {
     "objectsroom": (read_tfrecords, ("objects_room_train", 64, 64, 7, 4), 1.0, 0.5),
     "clevrtex": (read_clevrtex, "full", 0.8, 0.5),
 }
-DATASETS |= {
-    name: (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4), 1.0, 0.5)
-    for name, masks in (("six_objects", 10), ("identical_color", 10), ("empty_room", 4))
-}
-DATASETS |= {
-    name: (read_clevrtex, name, 0.8, 0.5) for name in ("outd", "camo", "pbg", "vbg", "grassbg")
-}
+for name, masks in {"six_objects": 10, "identical_color": 10, "empty_room": 4}.items():
+    DATASETS[name] = (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4), 1.0, 0.5)
+for name in ("outd", "camo", "pbg", "vbg", "grassbg"):
+    DATASETS[name] = (read_clevrtex, name, 0.8, 0.5)
 
 
 def centre_crop(size, height, width, crop=1.0):

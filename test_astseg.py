@@ -83,22 +83,10 @@ def test_center_of_mass_and_soft_argmax_follow_a_translation(u, v):
     shift = torch.tensor([u, v], dtype=torch.float64)
     moved = astseg.center_of_mass(astseg.translate(phi, u, v))
     assert close(moved, astseg.center_of_mass(phi) + shift, 1e-10)
-    # A window of a periodic plane loses nothing either, as long as the peak does not wrap around.
     logits = torch.full((16, 16), -200.0).double()
     logits[5:10, 5:10] = torch.randn(5, 5).double()
     moved = astseg.soft_argmax(logits.roll((v, u), (0, 1)))
     assert close(moved, astseg.soft_argmax(logits) + shift, 1e-10)
-
-
-def test_soft_argmax_takes_any_leading_dimensions_and_logits_of_any_size():
-    logits = torch.randn(2, 3, 4, 5, 6)
-    assert astseg.soft_argmax(logits).shape == (2, 3, 4, 2)
-    logits = torch.zeros(4, 6)
-    logits[2, 5] = 1e30
-    assert torch.equal(astseg.soft_argmax(logits), torch.tensor([5.0, 2.0]))
-    assert close(
-        astseg.soft_argmax(logits.clamp(max=3) + 1e4), astseg.soft_argmax(logits.clamp(max=3))
-    )
 
 
 def test_soft_argmax_is_in_fp32_under_autocast_and_for_half_precision():
@@ -108,6 +96,12 @@ def test_soft_argmax_is_in_fp32_under_autocast_and_for_half_precision():
     assert position.dtype == torch.float32
     assert torch.equal(position, astseg.soft_argmax(logits.float()))
     assert astseg.soft_argmax(logits.double()).dtype == torch.float64
+
+
+def test_soft_argmax_takes_any_leading_dimensions_and_logits_of_any_size():
+    logits = torch.zeros(2, 3, 4, 6)
+    logits[..., 2, 5] = 1e30
+    assert torch.equal(astseg.soft_argmax(logits), torch.tensor([5.0, 2.0]).expand(2, 3, 2))
 
 
 def test_gradient_of_soft_argmax_is_s_times_p_minus_mean():
@@ -150,16 +144,10 @@ def test_the_paper_settings_of_each_data_set(dataset, side, slots, isotropic, ch
     "change, message",
     [
         (dict(slots=0), "slots is 0: use a positive number"),
-        (dict(slots=256), "slots is 256: label maps hold 255 objects at most"),
         (dict(dropout=1.0), "dropout is 1.0: use 0..1, without 1"),
-        (dict(dim_z_what=-1), "dim_z_what is -1: use a positive number"),
         (dict(scale_min=5, scale_max=5), "scale_min is 5 and scale_max 5"),
-        (dict(scale_min=0), "scale_min is 0: use a positive number"),
         (dict(generator="resnet"), "generator is 'resnet': use one of segformer, unet"),
-        (dict(backbone="b9"), "backbone is 'b9'"),
-        (dict(background_kind="hard"), "background_kind is 'hard'"),
         (dict(height=31, width=64), "images are (31, 64): use sides of 32..192"),
-        (dict(height=64, width=193), "use sides of 32..192"),
         (dict(transformer_heads=7), "7 heads do not divide dim_transformer 256"),
     ],
 )
@@ -172,9 +160,7 @@ def test_a_configuration_that_cannot_work_is_refused_in_one_sentence(change, mes
 # ---- Section 4.1: generators ----
 
 
-@pytest.mark.parametrize(
-    "channels, count", [(38, 22_237_860), (40, 22_242_304), (44, 22_251_432), (45, 22_253_764)]
-)
+@pytest.mark.parametrize("channels, count", [(38, 22_237_860), (45, 22_253_764)])
 def test_unet_has_the_parameters_of_table_8(channels, count):
     assert parameters(astseg.UNetGenerator(channels)) == count
 
@@ -203,15 +189,6 @@ def save_segformer(folder: Path, size: str):
     model = transformers.SegformerForImageClassification(config)
     model.save_pretrained(folder)
     return model
-
-
-def test_a_pretrained_backbone_loads_from_a_local_folder(tmp_path):
-    classifier = save_segformer(tmp_path / "mit", "tiny")
-    generator = astseg.SegformerGenerator(7, "tiny")
-    generator.load_backbone(str(tmp_path / "mit"))
-    stored = classifier.segformer.state_dict()
-    for name, tensor in generator.segformer.segformer.state_dict().items():
-        assert torch.equal(tensor, stored[name]), name
 
 
 def test_a_backbone_that_is_missing_or_of_another_size_is_refused(tmp_path):
@@ -377,25 +354,17 @@ def test_renderer_starts_at_alpha_0_and_may_learn_one_per_pixel():
 
 
 @pytest.mark.parametrize(
-    "height, width, kind, encoder, decoder",
-    [
-        (64, 64, "simple", 2_942_624, 7_679_368),
-        (64, 64, "complex", 2_900_096, 43_572_712),
-        (128, 128, "simple", 3_590_944, 9_331_080),
-        (128, 128, "complex", 21_183_616, 48_633_192),
-    ],
-)
-def test_background_autoencoder_has_the_parameters_of_the_authors(
-    height, width, kind, encoder, decoder
-):
+    "side, kind, encoder, decoder",
+    [(64, "simple", 2_942_624, 7_679_368), (64, "complex", 2_900_096, 43_572_712),
+     (128, "simple", 3_590_944, 9_331_080), (128, "complex", 21_183_616, 48_633_192)],
+)  # fmt: skip
+def test_background_autoencoder_has_the_parameters_of_the_authors(side, kind, encoder, decoder):
     with torch.device("meta"):
-        model = astseg.BackgroundAutoencoder(height, width, kind)
+        model = astseg.BackgroundAutoencoder(side, side, kind)
     assert (parameters(model.encoder), parameters(model.decoder)) == (encoder, decoder)
 
 
-@pytest.mark.parametrize(
-    "height, width", [(25, 25), (48, 48), (49, 61), (64, 96), (97, 33), (192, 150), (30, 180)]
-)
+@pytest.mark.parametrize("height, width", [(25, 25), (49, 61), (97, 33), (30, 192)])
 def test_background_autoencoder_returns_every_size_that_has_a_schedule(height, width):
     model = astseg.BackgroundAutoencoder(height, width, "simple", 0.05)
     background, error = model(torch.rand(1, 3, height, width))
@@ -424,27 +393,16 @@ def test_row_and_column_are_two_more_channels_and_one_on_a_single_pixel(kind, he
 
 def test_robust_background_loss_is_that_of_a_loop_over_pixels():
     H, W = 3, 80  # wide enough for a pooling window of 3
-    images, background, predicted = (
-        torch.rand(1, 3, H, W),
-        torch.rand(1, 3, H, W),
-        torch.rand(1, H, W),
-    )
+    images, background, predicted = torch.rand(1, 3, H, W), torch.rand(1, 3, H, W), torch.rand(1, H, W)
     background[..., :40] = images[..., :40] + 0.01 * torch.randn(1, 3, H, 40)
 
     def smooth_l1(a, b):
         d = abs(float(a) - float(b))
         return d * d / 2 / (3 / 255) if d < 3 / 255 else d - 3 / 255 / 2
 
-    e = np.array(
-        [
-            [
-                sum(smooth_l1(background[0, c, j, i], images[0, c, j, i]) for c in range(3))
-                for i in range(W)
-            ]
-            for j in range(H)
-        ]
-    )
-    total = 0.0
+    e, total = np.zeros((H, W)), 0.0
+    for c, j, i in itertools.product(range(3), range(H), range(W)):
+        e[j, i] += smooth_l1(background[0, c, j, i], images[0, c, j, i])
     for j, i in itertools.product(range(H), range(W)):
         window = e[max(j - 1, 0) : j + 2, max(i - 1, 0) : i + 2]
         weight = math.exp(-6 * np.tanh(window / 0.25).mean())
@@ -458,9 +416,8 @@ def test_robust_background_loss_sends_no_gradient_through_its_weight_nor_its_tar
     background = (images + 0.5).requires_grad_()  # all errors 0.5 a channel, far in the linear part
     astseg.robust_background_loss(images, background, torch.rand(1, 4, 4)).backward()
     error = 3 * (0.5 - 1.5 / 255)
-    assert close(
-        background.grad, torch.full((1, 3, 4, 4), math.exp(-6 * math.tanh(error / 0.25)) / 16), 1e-7
-    )
+    expected = math.exp(-6 * math.tanh(error / 0.25)) / 16
+    assert close(background.grad, torch.full((1, 3, 4, 4), expected), 1e-7)
 
 
 # ---- The whole model ----
@@ -468,36 +425,21 @@ def test_robust_background_loss_sends_no_gradient_through_its_weight_nor_its_tar
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {},
-        dict(anisotropic=False),
-        dict(transformer=False),
-        dict(generator="unet", unet_width=0.1),
-        dict(height=40, width=56),
-        dict(alpha_0_per_pixel=True),
-    ],
-)
+    [dict(anisotropic=False), dict(transformer=False), dict(generator="unet", unet_width=0.1),
+     dict(height=40, width=56), dict(alpha_0_per_pixel=True)],
+)  # fmt: skip
 def test_the_model_names_everything_it_says(change):
     model = ASTSeg(Config(**{**SMALL, **change})).eval()
-    c, B = model.config, 2
-    size = (c.height, c.width)
+    c, B, K = model.config, 2, 3
+    H, W = size = (c.height, c.width)
     output = model(torch.rand(B, 3, *size))
-    h, w = output.attention.shape[-2:]
-    assert (h, w) == (size if c.generator == "unet" else (c.height // 4, c.width // 4))
-    shapes = {
-        "reconstruction": (B, 3, *size),
-        "background": (B, 3, *size),
-        "weights": (B, c.slots + 1, *size),
-        "layers": (B, c.slots, 3, *size),
-        "masks": (B, c.slots, *size),
-        "glimpses": (B, c.slots, 4, 32, 32),
-        "attention": (B, c.slots, h, w),
-        "attention_position": (B, c.slots, 2),
-        "position": (B, c.slots, 2),
-        "scale": (B, c.slots, 2),
-        "activation": (B, c.slots),
-        "z_what": (B, c.slots, 32),
-    }
+    h, w = size if c.generator == "unet" else (H // 4, W // 4)
+    shapes = dict(
+        reconstruction=(B, 3, H, W), background=(B, 3, H, W), weights=(B, K + 1, H, W),
+        layers=(B, K, 3, H, W), masks=(B, K, H, W), glimpses=(B, K, 4, 32, 32),
+        attention=(B, K, h, w), attention_position=(B, K, 2), position=(B, K, 2),
+        scale=(B, K, 2), activation=(B, K), z_what=(B, K, 32),
+    )  # fmt: skip
     tensors = output._asdict() | output.latents._asdict()
     del tensors["latents"]
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
@@ -528,12 +470,9 @@ def test_a_known_background_replaces_the_autoencoder():
     "images, message",
     [
         (torch.rand(3, 32, 32), "images are (3, 32, 32): this model takes (B, *(3, 32, 32))"),
-        (torch.rand(1, 3, 64, 64), "images are (1, 3, 64, 64)"),
         (torch.rand(0, 3, 32, 32), "images are (0, 3, 32, 32)"),
         (torch.zeros(1, 3, 32, 32).byte(), "images are torch.uint8, the model torch.float32"),
-        (torch.rand(1, 3, 32, 32).double(), "images are torch.float64"),
         (torch.full((1, 3, 32, 32), 255.0), "images have values 255..255"),
-        (torch.full((1, 3, 32, 32), -0.1), "images have values -0.1"),
         (torch.full((1, 3, 32, 32), math.nan), "images have values nan"),
     ],
 )
@@ -624,12 +563,8 @@ def test_the_learning_rate_at_its_corners():
 # ---- Section 5.1: metrics ----
 
 
-def random_labels(labels, *shape):
-    return torch.randint(labels, shape)
-
-
 def test_ari_fg_is_that_of_scikit_learn_over_the_foreground():
-    target, predicted = random_labels(4, 20, 6, 6), random_labels(5, 20, 6, 6)
+    target, predicted = torch.randint(4, (20, 6, 6)), torch.randint(5, (20, 6, 6))
     predicted[:10] = torch.where(torch.rand(10, 6, 6) < 0.8, target[:10] + 1, predicted[:10])
     ours = astseg.adjusted_rand_index(target, predicted, 4)
     for t, p, score in zip(target, predicted, ours):
@@ -646,20 +581,18 @@ def exhaustive_mean_iou(target, predicted, labels):
             iou = ((target == t) & (predicted == p)).sum().item() / union if union else 0.0
             total, pairs = total + iou, pairs + (union > 0)
             background = iou if t == 0 else background
-        best = max(
-            best, (round(total, 12), -pairs, total / pairs, (total - background) / (pairs - 1))
-        )
+        scores = total / pairs, (total - background) / (pairs - 1)
+        best = max(best, (round(total, 12), -pairs, *scores))
     return best[2:]
 
 
 def test_mean_iou_is_the_best_of_all_matchings():
-    target, predicted = random_labels(4, 10, 5, 5), random_labels(4, 10, 5, 5)
+    target, predicted = torch.randint(4, (2, 10, 5, 5))
     predicted[:5] = torch.where(torch.rand(5, 5, 5) < 0.7, (target[:5] + 1) % 4, predicted[:5])
     ours, ours_foreground = astseg.mean_iou(target, predicted, 3)
     for i in range(10):
-        assert (ours[i].item(), ours_foreground[i].item()) == pytest.approx(
-            exhaustive_mean_iou(target[i], predicted[i], 4)
-        )
+        best = exhaustive_mean_iou(target[i], predicted[i], 4)
+        assert (ours[i].item(), ours_foreground[i].item()) == pytest.approx(best)
 
 
 def labels_of(drawing: str) -> torch.Tensor:
@@ -693,12 +626,6 @@ def test_metrics_of_images_drawn_by_hand(name):
     assert [value.item() for value in ours] == pytest.approx([iou, iou_foreground, ari, covering])
 
 
-def test_label_maps_of_bytes_count_as_those_of_integers():
-    target = torch.randint(25, (2, 8, 8), dtype=torch.uint8)
-    assert astseg.mean_iou(target, target, 24)[0].tolist() == [1, 1]
-    assert astseg.adjusted_rand_index(target, target, 24).tolist() == [1, 1]
-
-
 def test_more_objects_than_slots_cost_mean_iou():
     target = torch.arange(6).repeat(6, 1)[None]  # five objects
     predicted = target * (target < 4)  # three slots found three of them
@@ -727,6 +654,8 @@ def test_labels_of_any_size_and_kind_count_as_one_each():
     target = torch.tensor([[[0, 26_001], [7, 7]]])
     assert astseg.mean_iou(target, target // 5, 3)[0].item() == 1
     assert astseg.mean_iou(target.to(torch.uint16), target.int(), 3)[0].item() == 1
+    target = torch.randint(25, (2, 8, 8), dtype=torch.uint8)
+    assert astseg.adjusted_rand_index(target, target, 24).tolist() == [1, 1]
 
 
 # ---- The embedded data set ----
@@ -762,8 +691,6 @@ def test_k_means_on_colours_fails_on_shapes():
     assert np.mean(scores) < 0.65
 
 
-
-
 # ---- train.py ----
 
 TINY = (
@@ -791,9 +718,8 @@ def whole_run(tmp_path_factory):
 def test_the_schedule_of_each_scenario():
     t = train.Training()
     background = ("background", 0, 500_000)
-    assert train.curriculum(t) == [
-        background, ("foreground", 0, 30_000), ("joint", 30_000, 125_000),
-    ]  # fmt: skip
+    both = [("foreground", 0, 30_000), ("joint", 30_000, 125_000)]
+    assert train.curriculum(t) == [background, *both]
     assert train.curriculum(replace(t, scenario="BT")) == [("joint", 0, 125_000)]
     frozen = train.curriculum(replace(t, scenario="frozen"))
     assert frozen == [background, ("foreground", 0, 125_000)]
@@ -844,19 +770,22 @@ def test_which_rate_an_update_uses_and_on_what():
     t = train.Training(refinement_lr_factor=0.5, glimpse_lr_factor=3.0, background_steps=20)
     model = ASTSeg(Config(**SMALL))
     optimizer = train.make_optimizer(model, "foreground", t)
-    assert train.set_learning_rate(optimizer, "foreground", 4_999, t) == 4e-5  # step t + 1
-    rates = [group["lr"] for group in optimizer.param_groups]
-    assert rates == pytest.approx([4e-5, 2e-5, 12e-5, 4e-5])  # generator, refinement, glimpses
-    rate = train.set_learning_rate(optimizer, "foreground", 0, t)
-    assert rate == pytest.approx(4e-5 / 5_000**2)
+
+    def rates(optimizer, phase, step):
+        train.set_learning_rate(optimizer, phase, step, t)
+        return pytest.approx([group["lr"] for group in optimizer.param_groups])
+
+    peak = [4e-5, 2e-5, 12e-5, 4e-5]  # generator, refinement, glimpses, alpha_0
+    assert peak == rates(optimizer, "foreground", 4_999)  # step t + 1
+    assert [rate / 5_000**2 for rate in peak] == rates(optimizer, "foreground", 0)
     optimizer = train.make_optimizer(model, "background", t)
-    rates = [train.set_learning_rate(optimizer, "background", step, t) for step in (15, 16)]
-    assert rates == pytest.approx([2e-3, 2e-4])  # of 20 updates number 16 is the first of them
+    assert [2e-3] == rates(optimizer, "background", 15)
+    assert [2e-4] == rates(optimizer, "background", 16)  # the first of the last fifth of 20
 
 
-def test_memorised_backgrounds_are_those_of_the_autoencoder_at_8_bits(tmp_path):
+def test_memorised_backgrounds_are_those_of_the_autoencoder_at_8_bits():
     model, images = ASTSeg(Config(**SMALL)), astseg.draw_shapes(7, 0, 32).images
-    memory = train.memorise_backgrounds(model, images, tmp_path / "backgrounds.u8")
+    memory = train.memorise_backgrounds(model, images)
     live = model.background(images / 255)[0]
     assert memory.dtype == torch.uint8 and (memory / 255 - live).abs().max() <= 0.5 / 255 + 1e-6
 
@@ -869,12 +798,11 @@ def test_a_run_leaves_all_that_it_promises_and_is_evaluated_again(whole_run, cap
         assert Image.open(folder / name).size[0] > 300
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 2, 4, 6, 8, 10, 12]
-    assert not [*folder.glob("*.tmp"), *folder.glob("*.u8")]
+    assert not [*folder.glob("*.tmp")]
     train.main(["--evaluate", str(folder), str(folder)])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    again = json.loads((folder / "evaluation-shapes-test.json").read_text())
-    assert all(again[name] == pytest.approx(metrics[name]) for name in train.METRICS)
-    assert rows[-2][:2] == ["mean", f"{100 * metrics['mIoU']:.2f}"] and rows[-1][1] == "0.00"
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
+    cells = [f"{metrics[m] * (1 if m == 'MSE' else 100):.2f}" for m in train.METRICS]
+    assert rows == [["run", *cells], ["run", *cells], ["mean", *cells], ["deviation", *["0.00"] * 5]]
 
 
 DRIVER = """
@@ -919,30 +847,29 @@ def test_two_processes_train_as_one(tmp_path):
 @pytest.mark.parametrize(
     "flags, effect",
     [
-        ("--no_transformer", lambda c, t: ASTSeg(c).encoder.refinement is None),
-        ("--slots 5", lambda c, t: ASTSeg(c).encoder.slots == 5),
-        ("--generator unet", lambda c, t: hasattr(ASTSeg(c).generator, "up")),
-        ("--entropy_weight 0", lambda c, t: t.entropy_weight == 0),
-        ("--scenario BT", lambda c, t: len(train.curriculum(t)) == 1),
-        ("--anisotropic true", lambda c, t: ASTSeg(c).encoder.columns == [2, 2, 1, 32]),
-        ("--anisotropic false", lambda c, t: ASTSeg(c).encoder.columns == [2, 1, 1, 32]),
-        ("--no_anisotropic --flip", lambda c, t: t.flip and not c.anisotropic),
+        ("--no_transformer", lambda t, m: m.encoder.refinement is None),
+        ("--slots 5", lambda t, m: m.encoder.slots == 5),
+        ("--generator unet", lambda t, m: hasattr(m.generator, "up")),
+        ("--entropy_weight 0", lambda t, m: t.entropy_weight == 0),
+        ("--scenario BT", lambda t, m: len(train.curriculum(t)) == 1),
+        ("--anisotropic true", lambda t, m: m.encoder.columns == [2, 2, 1, 32]),
+        ("--no_anisotropic --flip", lambda t, m: t.flip and m.encoder.columns == [2, 1, 1, 32]),
     ],
 )
 def test_each_ablation_of_table_4_is_a_flag_that_does_what_it_says(flags, effect):
-    given = train.parse([*TINY, *flags.split()])
-    assert effect(*train.split_settings(train.SHAPES | given))
+    training = train.Training(**train.SHAPES | train.parse([*TINY, *flags.split()]))
+    assert effect(training, train.build_model(training))
 
 
 def test_pretrained_is_a_flag_that_loads_the_backbone(tmp_path):
     stored = save_segformer(tmp_path / "mit", "tiny").segformer.state_dict()
     settings = train.SHAPES | train.parse(["--pretrained", str(tmp_path / "mit")])
-    loaded = train.build_model(*train.split_settings(settings)).generator.segformer.segformer
+    loaded = train.build_model(train.Training(**settings)).generator.segformer.segformer
     assert all(torch.equal(tensor, stored[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss of foreground is nan by step"):
+    with pytest.raises(ValueError, match="the loss of foreground is nan by step"):
         run_tiny(tmp_path, "--lr", "1e30", "--warmup", "0")
     model = torch.load(tmp_path / "checkpoint.pt")["model"]
     assert all(tensor.isfinite().all() for tensor in model.values())
@@ -950,11 +877,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(tmp_path):
 
 def test_dead_runs_are_named(tmp_path, capsys):
     model, validation = ASTSeg(Config(**SMALL, transformer=False)), astseg.draw_shapes(4, 0, 32)
-    train.report(model, validation, {"step": 1}, [], tmp_path)
+    line = dict(phase="joint", step=1, loss=0.0)
+    train.report(model, validation, line, [], tmp_path)
     assert "warning: no foreground yet" in capsys.readouterr().out
     latents = model.encoder.latents
     model.encoder.latents = lambda slots: latents(slots + 5)
-    train.report(model, validation, {"step": 2}, [], tmp_path)
+    train.report(model, validation, line, [], tmp_path)
     assert "positions are clamped" in capsys.readouterr().out
 
 
@@ -984,7 +912,6 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
     "arguments, message",
     [
         ("--slots 0", "slots is 0: use a positive number"),
-        ("--batch 0", "batch is 0: use a positive number"),
         ("--lr nan", "lr is nan: use a positive number"),
         ("--flip maybe", "invalid boolean value: 'maybe'"),
         ("--part val", "--part is for --evaluate only"),
@@ -992,14 +919,12 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
         ("--dataset folder --data .", "is inside the data: name another --output"),
         ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 5600 steps"),
         ("--height 40", "shapes are drawn on squares"),
-        ("--generator vit", "invalid choice: 'vit'"),
         ("--colour blue", "unrecognized arguments: --colour blue"),
         ("--dataset clevr", "dataset clevr with data '': all but shapes need --data"),
         ("--dataset folder --data /nowhere", "/nowhere"),
         ("--train_images 3", "3 training images do not fill a batch of 32"),
         ("--resume /nowhere", "/nowhere has no checkpoint to resume from"),
         ("--resume /nowhere --lr 1", "--resume takes the run's own settings: leave out ['lr']"),
-        ("--evaluate /nowhere --slots 9", "leave out ['slots']"),
         ("--evaluate /nowhere", "/nowhere/settings.json is missing: there is no run"),
         ("--segment /nowhere", "--segment takes a run folder and then at least one image"),
         ("--segment /nowhere a.png", "/nowhere is no folder of a finished run"),
@@ -1113,20 +1038,6 @@ def test_a_damaged_tfrecord_is_named_and_leaves_nothing(damage, message, tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
-def slow_crop_and_resize(pixels, crop, size):
-    """Centre crop and bilinear resize with antialiasing, a triangle filter written out."""
-    top, left = (pixels.shape[0] - crop) // 2, (pixels.shape[1] - crop) // 2
-    out, ratio = pixels[top : top + crop, left : left + crop].astype(float), crop / size
-    for _ in range(2):  # columns, then rows: Pillow rounds to bytes in between
-        rows = []
-        for i in range(size):
-            distance = abs(np.arange(crop) + 0.5 - (i + 0.5) * ratio)
-            weights = np.maximum(0, 1 - distance / max(1.0, ratio))
-            rows.append(np.tensordot(weights / weights.sum(), out.swapaxes(0, 1), 1))
-        out = np.round(np.stack(rows)).clip(0, 255)
-    return out
-
-
 def test_clevr_is_cropped_and_resized_as_the_paper_does(tmp_path):
     random = np.random.default_rng(1)
     small = random.integers(0, 256, (24, 32, 3)).repeat(10, 0).repeat(10, 1)
@@ -1136,8 +1047,9 @@ def test_clevr_is_cropped_and_resized_as_the_paper_does(tmp_path):
     path = tmp_path / "clevr_with_masks_train.tfrecords"
     path.write_bytes(gzip.compress(records, 1))
     images, labels = load(tmp_path, "clevr", path, (128, 128))["all"]
-    slow = slow_crop_and_resize(image, 192, 128)
-    assert np.abs(images[0].numpy().transpose(1, 2, 0) - slow).max() <= 1
+    crop = torch.from_numpy(image[24:216, 64:256]).movedim(2, 0)[None].float()
+    resized = F.interpolate(crop, (128, 128), mode="bilinear", antialias=True)[0]
+    assert (images[0] - resized).abs().max() <= 1
     rows = [24 + int((i + 0.5) * 1.5) for i in range(128)]
     columns = [64 + int((i + 0.5) * 1.5) for i in range(128)]
     assert np.array_equal(labels[0], owner[rows][:, columns])
@@ -1289,7 +1201,7 @@ def test_image_and_mask_are_turned_as_exif_says(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     Image.fromarray(pixels[..., 0]).save(tmp_path / "b.png", exif=exif)
     turned = np.rot90(pixels, -1)
-    assert np.array_equal(astseg.read_image(tmp_path / "a.png"), turned)
+    assert np.array_equal(astseg.open_image(tmp_path / "a.png"), turned)
     assert np.array_equal(astseg.read_labels(tmp_path / "b.png"), turned[..., 0] > 0)
 
 
