@@ -34,16 +34,16 @@ To change the generator edit ASTSeg.__init__, the losses full_loss, the data loa
     section 4.2, (22), [38]   full_loss, robust_background_loss
     section 5.1               learning_rate, mean_iou, adjusted_rand_index, segmentation_covering
 
-B batch, K slots, H W image, h w feature map (the paper's h* w*), G side of a glimpse, D width of a
-slot's features (the paper's d_Phi), Z width of z_what. Phi is `features` in the code. A position is
-(x, y), tensors are indexed [row, column]: the paper's (i, j) is [j, i]. (12)(13) put -1 and +1 on
-the centres of the outermost cells of the feature map, the spatial transformer on the edges of the
-image: at x they differ by x / 2 cells, 2 x pixels with the Segformer. The refinement can learn that
-away, without it nothing can. Label 0 is the background, label k slot k. "# eq." marks an equation,
-"# open:" what the paper leaves open, or we do otherwise (see the README).
+B batch, K slots, H W image, h w feature map, G side of a glimpse, D width of a slot's features (the
+paper's d_Phi), Z width of z_what; Phi is `features`. Positions are (x, y), tensors [row, column]:
+the paper's (i, j) is [j, i]. Label 0 is the background, label k slot k. "# open:" marks what the
+paper leaves open or we do otherwise (see the README). (12)(13) put +-1 on the centres of the
+outermost cells of the feature map, the spatial transformer on the edges of the image: a gap of
+x / 2 cells at x (2 x pixels with the Segformer) that only the refinement can close.
 """
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -57,33 +57,33 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 
 
 def translate(phi, u, v):
-    """Shift maps (..., H, W) by u columns and v rows (eq. 1); what leaves the window is lost."""
+    """Shift maps (..., H, W) by u columns and v rows; what leaves the window is lost."""
     height, width = phi.shape[-2:]
     u, v = max(-width, min(u, width)), max(-height, min(v, height))
-    return F.pad(phi, (u, -u, v, -v))  # eq. (1): zeros come in, a negative padding crops
+    return F.pad(phi, (u, -u, v, -v))  # eq. (1); a negative padding crops
 
 
 def center_of_mass(attention, x=None, y=None):
-    """Sum of phi(p) p over the pixels p, the operator of Proposition 2.1 with C = 0 (eq. 4).
+    """Sum of phi(p) p over the pixels p, the operator of Proposition 2.1 with C = 0.
 
-    attention (..., h, w), sum 1 each; coordinates x (w,) of columns and y (h,) of rows, by default
-    pixels from 0 -> (..., 2), the pair (x, y) in the same units.
+    attention (..., h, w), sum 1 each, at columns x (w,) and rows y (h,), by default pixels from 0
+    -> (..., 2), the pair (x, y) in the same units.
     """
-    x = torch.arange(attention.shape[-1], device=attention.device) if x is None else x
-    y = torch.arange(attention.shape[-2], device=attention.device) if y is None else y
+    if x is None:
+        y, x = (torch.arange(side, device=attention.device) for side in attention.shape[-2:])
     center_x = (attention.sum(-2) * x).sum(-1)  # eqs. (4), (14)
     center_y = (attention.sum(-1) * y).sum(-1)  # eqs. (4), (15)
     return torch.stack((center_x, center_y), dim=-1)
 
 
 def spatial_softmax(logits):
-    """Softmax over all pixels of each map (..., h, w) (eq. 10), at least in fp32."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])
+    """Softmax over all pixels of each map (..., h, w), at least in fp32."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.flatten(-2).softmax(-1, dtype).unflatten(-1, logits.shape[-2:])
 
 
 def soft_argmax(logits, x=None, y=None):
-    """Differentiable position of each map's maximum (eq. 10): (..., h, w) -> (..., 2), (x, y)."""
+    """Differentiable position of each map's maximum: (..., h, w) -> (..., 2), (x, y)."""
     return center_of_mass(spatial_softmax(logits), x, y)  # eq. (10)
 
 
@@ -155,7 +155,7 @@ class UNetGenerator(nn.Module):
         for level in (4, 3, 2, 1, 0):
             both = 2 * c[level + 1]  # what comes from below, and the skip
             odd = (height >> level) % 2, (width >> level) % 2  # open: odd sizes are padded
-            up = nn.ConvTranspose2d(both, c[level], 4, 2, 1, output_padding=odd, bias=False)
+            up = nn.ConvTranspose2d(both, c[level], 4, 2, 1, odd, bias=False)
             residual, norm = Residual(conv_block(both, both)), nn.BatchNorm2d(c[level])
             self.up.append(nn.Sequential(residual, up, norm, nn.CELU()))
         # open: no convolution has a bias, and the last two neither norm nor CELU
@@ -173,7 +173,7 @@ class UNetGenerator(nn.Module):
         return self.last(torch.cat((x, skips.pop()), dim=1))  # (B, channels, H, W)
 
 
-# ---- Section 4.1 and Algorithm 1: from feature maps to what each slot says of its object ----
+# ---- Algorithm 1: from feature maps to the latents of each slot ----
 
 
 def normalized_coordinates(height, width, device=None):
@@ -185,7 +185,7 @@ def normalized_coordinates(height, width, device=None):
 
 
 class Latents(NamedTuple):
-    """What the encoder says of each slot (the output of Algorithm 1)."""
+    """What the encoder says of each slot."""
 
     position: Tensor  # (B, K, 2), (x_k, y_k) in [-1, 1]
     scale: Tensor  # (B, K, 2), inverse scaling factors (s_k^x, s_k^y) in [s_min, s_max]
@@ -198,7 +198,7 @@ class Refinement(nn.Module):
 
     def __init__(self, dim, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
         super().__init__()
-        # open: PyTorch's stock layer (norm after the residual, ReLU, dropout 0.1), all copies alike
+        # open: PyTorch's stock layer: norm after the residual, ReLU; all copies start alike
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
         self.embedding = nn.Linear(dim, width)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -217,32 +217,30 @@ class Encoder(nn.Module):
 
     def __init__(self, slots, dim_scale, dim_z_what, s_min=1.3, s_max=24.0, refinement=None):
         super().__init__()
-        self.slots, self.s_min, self.s_max, self.refinement = slots, s_min, s_max, refinement
+        self.slots, self.s_min, self.s_max = slots, s_min, s_max
+        self.refinement = refinement or nn.Identity()
         self.columns = [2, dim_scale, 1, dim_z_what]  # open: channel order x y, s, alpha, z_what
 
     def forward(self, feature_maps):
         """(B, K + D, h, w), K logit maps and then Phi -> Latents, (B, K, h, w), (B, K, 2)."""
         logits, features = feature_maps.tensor_split([self.slots], dim=1)  # K and D channels
         x, y = normalized_coordinates(*features.shape[-2:], device=features.device)
-        # The next two lines are soft_argmax(logits, x, y), apart because (16) needs the maps too.
+        # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
         position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
-        # One matrix product per image, (B, K, hw) times (B, hw, D).
         pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
-        slots = torch.cat((position, pooled), dim=-1)  # (B, K, D + 2)
-        if self.refinement is not None:
-            slots = self.refinement(slots)
+        slots = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
         return self.latents(slots), attention, position
 
     def latents(self, slots):
-        """Name the columns of (B, K, D + 2) and bring each into its range (Algorithm 1)."""
+        """Name the columns of (B, K, D + 2) and bring each into its range."""
         position, scale, activation, z_what = slots.split(self.columns, dim=-1)
         scale = self.s_min + (self.s_max - self.s_min) * scale.sigmoid()
         scale = scale.expand(*scale.shape[:-1], 2)  # isotropic: one number serves both axes
         return Latents(position.clamp(-1, 1), scale, activation.squeeze(-1).exp(), z_what)
 
 
-# ---- Section 4.1 and Algorithm 2: from latents to layers and their weights ----
+# ---- Algorithm 2: from latents to layers and their weights ----
 
 
 class GlimpseGenerator(nn.Module):
@@ -252,9 +250,9 @@ class GlimpseGenerator(nn.Module):
         super().__init__()
         layers, c_in, c_out = [], dim_z_what, 2 * size
         while c_out >= 8:  # 2 G, G, ... 8 channels; the first layer makes 2 x 2 pixels of one
-            kernel, stride, padding = (4, 2, 1) if layers else (2, 1, 0)
+            shape = (4, 2, 1) if layers else (2, 1, 0)  # kernel, stride, padding
             # open: no bias but in the last layer
-            up = nn.ConvTranspose2d(c_in, c_out, kernel, stride, padding, bias=False)
+            up = nn.ConvTranspose2d(c_in, c_out, *shape, bias=False)
             layers += [up, nn.GroupNorm(max(1, c_out // 16), c_out), nn.CELU()]
             c_in, c_out = c_out, c_out // 2
         self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(c_in, 4, 4, 2, 1), nn.Sigmoid())
@@ -268,7 +266,7 @@ def spatial_transformer(glimpses, position, scale, height, width):
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
     """
-    # The point p of the image shows the glimpse at s (p - position), an affine map.
+    # The point p of the image shows the glimpse at s (p - position).
     # open: bilinear, zero outside the glimpse, +-1 at the outer edges (align_corners=False)
     columns = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (width,)
     rows = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (height,)
@@ -279,7 +277,7 @@ def spatial_transformer(glimpses, position, scale, height, width):
 
 
 def occlusion_weights(activation, masks, alpha_0):
-    """How much of each pixel each layer shows, the background first.
+    """The share of each layer in each pixel, the background first.
 
     activation (B, K), masks (B, K, H, W), alpha_0 () or (H, W) -> (B, K + 1, H, W), sums to 1.
     """
@@ -302,17 +300,17 @@ class Renderer(nn.Module):
         super().__init__()
         self.size = height, width
         self.glimpse_generator = GlimpseGenerator(dim_z_what, glimpse)
-        # alpha_0 = e^11 is what makes learning start well: objects begin invisible and grow only
-        # where they help. With a small alpha_0 the first random glimpses hurt, and all slots die.
+        # A large alpha_0 hides all objects at first, and they grow only where they help. With a
+        # small one the first random glimpses hurt, and all slots die.
         # open: the logarithm of alpha_0 is learned, one number or one per pixel
         shape = self.size if per_pixel else ()
         self.log_alpha_0 = nn.Parameter(torch.full(shape, float(log_alpha_0)))
 
     def forward(self, latents):
-        """-> (B, K + 1, H, W), (B, K, 3, H, W), (B, K, H, W), (B, K, 4, G, G), as in Output."""
-        batch = latents.activation.shape  # (B, K): all B K glimpses are drawn and moved as one
-        position, scale = latents.position.flatten(0, 1), latents.scale.flatten(0, 1)  # (B K, 2)
-        glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (B K, 4, G, G)
+        """-> (B, K + 1, H, W), (B, K, 3, H, W), (B, K, H, W), (B, K, 4, G, G)."""
+        batch = latents.activation.shape  # (B, K), for a while one dimension
+        position, scale, _, z_what = (x.flatten(0, 1) for x in latents)  # (B K, 2 or Z)
+        glimpses = self.glimpse_generator(z_what)  # (B K, 4, G, G)
         moved = spatial_transformer(glimpses, position, scale, *self.size)  # (B K, 4, H, W)
         layers, masks = moved.unflatten(0, batch).split([3, 1], dim=2)  # (B, K, 3 or 1, H, W)
         masks = masks.squeeze(2)  # (B, K, H, W)
@@ -320,10 +318,9 @@ class Renderer(nn.Module):
         return weights, layers, masks, glimpses.unflatten(0, batch)
 
 
-# ---- Section 4.1: background model, the convolutional autoencoder of [38] ----
+# ---- Section 4.1: background model, the autoencoder of [38] ----
 
-# Channels of encoder and decoder, both from image to latents, by number of blocks, as the authors
-# use [38] for this paper.
+# Channels of encoder and decoder, both from image to latents, by number of blocks.
 BACKGROUND_CHANNELS = {
     ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
     ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
@@ -337,8 +334,7 @@ BACKGROUND_CHANNELS = {
 def background_blocks(height, width):
     """The convolutions that bring an image to 1 x 1 (the schedule of [38]).
 
-    A list of (kernel, stride, padding, remainder), each a pair (rows, columns); the remainder is
-    the output padding of the mirrored transpose convolution.
+    A list of (kernel, stride, padding, output padding of the mirrored one), each (rows, columns).
     """
     sides, blocks = (height, width), []
     while max(sides) > 1:
@@ -346,9 +342,9 @@ def background_blocks(height, width):
         axes = [(5, 2, 2) if s > 5 else (4, 2, 1) if s > 3 else (s, 1, 0) for s in sides]
         kernel, stride, padding = zip(*axes)
         room = [s + 2 * p - k for s, k, p in zip(sides, kernel, padding)]
-        remainder = tuple(r % step for r, step in zip(room, stride))
+        more, remainder = zip(*map(divmod, room, stride))
         blocks.append((kernel, stride, padding, remainder))
-        sides = [r // step + 1 for r, step in zip(room, stride)]
+        sides = [n + 1 for n in more]
     return blocks
 
 
@@ -357,13 +353,12 @@ class CoordConv(nn.Module):
 
     def __init__(self, convolution, norm=True):
         super().__init__()
-        channels = convolution.out_channels
-        self.convolution = convolution
+        self.convolution, channels = convolution, convolution.out_channels
         self.norm = nn.GroupNorm(max(1, channels // 16), channels) if norm else None
 
     def forward(self, x):
-        axes = [torch.linspace(-0.5, 0.5, side, device=x.device) for side in x.shape[-2:]]
-        axes = [axis if len(axis) > 1 else torch.ones_like(axis) for axis in axes]
+        # From -0.5 to 0.5, a single row or column at 1.
+        axes = [torch.linspace(-0.5 if n > 1 else 1, 0.5, n, device=x.device) for n in x.shape[2:]]
         where = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x)  # (2, h, w)
         x = torch.cat((x, where.expand(len(x), -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
         x = self.convolution(x)  # (B, C', h', w')
@@ -373,15 +368,15 @@ class CoordConv(nn.Module):
 class BackgroundAutoencoder(nn.Module):
     """Background of an image, through 16 latents that have no room for objects ([38]).
 
-    images (B, 3, H, W) in [0, 1], the longer side 25..192 -> background (B, 3, H, W) in [0, 1],
-    and a prediction (B, H, W) in [0, 1] of its error. factor scales the hidden channels.
+    images (B, 3, H, W), the longer side 25..192 -> background (B, 3, H, W) and a prediction
+    (B, H, W) of its error, all in [0, 1]. factor scales the hidden channels.
     """
 
     def __init__(self, height, width, kind="complex", factor=1.0):
         super().__init__()
         blocks = background_blocks(height, width)
         down, up = map(list, BACKGROUND_CHANNELS[kind, len(blocks)])
-        for channels in (down, up) if factor != 1 else ():  # in multiples of a norm's group, 16
+        for channels in (down, up):  # in multiples of a norm's group, 16
             channels[1:-1] = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
         encoder, decoder = [], []
         for level, (*shape, remainder) in enumerate(blocks):
@@ -409,11 +404,11 @@ def require(holds, sentence):
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture, by default the paper's for CLEVRTEX (Table 6). Raises ValueError."""
+    """The architecture, by default the paper's for CLEVRTEX (Table 6)."""
 
-    height: int = 128  # image height H, 32..192 pixels
-    width: int = 128  # image width W, 32..192 pixels
-    slots: int = 10  # K, the largest number of objects in a scene
+    height: int = 128  # H, 32..192 pixels
+    width: int = 128  # W
+    slots: int = 10  # K, the most objects in a scene
     anisotropic: bool = True  # scale width and height of a glimpse apart
     generator: Literal["segformer", "unet"] = "segformer"  # of the feature maps
     backbone: Literal["tiny", "b0", "b3"] = "b3"  # size of the Segformer
@@ -421,41 +416,40 @@ class Config:
     transformer: bool = True  # refine the slots with a transformer encoder
     dim_transformer: int = 256  # d_T, its width
     transformer_heads: int = 8  # attention heads of a layer
-    dim_feedforward: int = 512  # hidden width of a layer's feed-forward part
+    dim_feedforward: int = 512  # hidden width of a layer's MLP
     transformer_layers: int = 6  # number of layers
-    dropout: float = 0.1  # dropout and drop-path rate of Segformer and transformer
+    dropout: float = 0.1  # and drop-path rate, of Segformer and transformer
     dim_z_what: int = 32  # Z, width of the appearance vector
-    scale_min: float = 1.3  # s_min, lower bound of the inverse scaling factor
-    scale_max: float = 24.0  # s_max, its upper bound
-    log_alpha_0: float = 11.0  # logarithm of the initial background activation
-    alpha_0_per_pixel: bool = False  # learn one alpha_0(i, j) per pixel, for fixed cameras
-    background_kind: Literal["simple", "complex"] = "complex"  # for fixed or varying backgrounds
-    background_width: float = 1.0  # factor on the background autoencoder's channels
+    scale_min: float = 1.3  # s_min, bounds of the inverse scaling factor
+    scale_max: float = 24.0  # s_max
+    log_alpha_0: float = 11.0  # of the background, at the start
+    alpha_0_per_pixel: bool = False  # learn an alpha_0 per pixel, for fixed cameras
+    background_kind: Literal["simple", "complex"] = "complex"  # fixed or varying
+    background_width: float = 1.0  # factor on its channels
 
     zero = ("dropout",)  # settings that may be 0
 
     def __post_init__(self):
         for field in fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
-            known = not choices or value in choices
-            require(known, f"{name} is {value!r}: use one of {', '.join(choices)}")
-            number = type(value) not in (str, bool) and name != "log_alpha_0"
-            good = not number or value > 0 or (value == 0 and name in self.zero)
-            require(good, f"{name} is {value}: use a positive number")
-        require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
-        heads, sides = self.transformer_heads, (self.height, self.width)
-        require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
-        scales = f"scale_min is {self.scale_min} and scale_max {self.scale_max}"
-        require(self.scale_min < self.scale_max, f"{scales}: the first must be smaller")
-        divides = self.dim_transformer % heads == 0
-        require(divides, f"{heads} heads do not divide dim_transformer {self.dim_transformer}")
+            if choices:
+                require(value in choices, f"{name} is {value!r}: use one of {choices}")
+            elif field.type in (int, float) and name != "log_alpha_0":
+                good = value > 0 or (value == 0 and name in self.zero)
+                require(good, f"{name} is {value}: use a positive number")
+        sides, heads, dim = (self.height, self.width), self.transformer_heads, self.dim_transformer
+        low, high = self.scale_min, self.scale_max
         require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
+        require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
+        require(self.slots <= 255, f"slots is {self.slots}: use at most 255")
+        require(dim % heads == 0, f"{heads} heads do not divide dim_transformer {dim}")
+        require(low < high, f"scale_min is {low}, scale_max {high}: the first must be smaller")
 
 
-# What the paper sets for each of its data sets (section 5.1); all else is Config's default.
+# What the paper sets for each of its data sets (section 5.1), where Config's default differs.
 PAPER_SETTINGS = {
-    "clevrtex": dict(height=128, width=128, slots=10),
-    "clevr": dict(height=128, width=128, slots=10, anisotropic=False, background_kind="simple"),
+    "clevrtex": dict(),  # Config's own defaults
+    "clevr": dict(anisotropic=False, background_kind="simple"),
     "objectsroom": dict(height=64, width=64, slots=3),
     "shapestacks": dict(height=64, width=64, slots=6, anisotropic=False),
 }
@@ -481,29 +475,23 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     def __init__(self, config: Config = Config()):
         super().__init__()
         self.config = c = config
-        dim_scale, size = 2 if c.anisotropic else 1, (c.height, c.width)
-        dim_latent = dim_scale + 1 + c.dim_z_what  # D: scaling factor, activation, z_what
-        channels = c.slots + dim_latent  # K + D
+        size, scales, z = (c.height, c.width), 2 if c.anisotropic else 1, c.dim_z_what
+        dim = scales + 1 + z  # D: scaling factor, activation, z_what
         if c.generator == "segformer":
-            self.generator = SegformerGenerator(channels, c.backbone, c.dropout)
+            self.generator = SegformerGenerator(c.slots + dim, c.backbone, c.dropout)
         else:
-            self.generator = UNetGenerator(channels, *size, c.unet_width)
+            self.generator = UNetGenerator(c.slots + dim, *size, c.unet_width)
         refinement = None
         if c.transformer:
-            widths = (c.dim_transformer, c.transformer_heads, c.dim_feedforward)
-            refinement = Refinement(dim_latent + 2, *widths, c.transformer_layers, c.dropout)
-        bounds = (c.scale_min, c.scale_max)
-        self.encoder = Encoder(c.slots, dim_scale, c.dim_z_what, *bounds, refinement)
+            widths = c.dim_transformer, c.transformer_heads, c.dim_feedforward
+            refinement = Refinement(dim + 2, *widths, c.transformer_layers, c.dropout)
+        self.encoder = Encoder(c.slots, scales, z, c.scale_min, c.scale_max, refinement)
         glimpse = 32 if max(size) <= 64 else 64  # open: G is 64 above 128 px too (Table 7)
-        alpha_0 = (c.log_alpha_0, c.alpha_0_per_pixel)
-        self.renderer = Renderer(*size, c.dim_z_what, glimpse, *alpha_0)
+        self.renderer = Renderer(*size, z, glimpse, c.log_alpha_0, c.alpha_0_per_pixel)
         self.background = BackgroundAutoencoder(*size, c.background_kind, c.background_width)
 
     def forward(self, images, background=None):
-        """images (B, 3, H, W) in [0, 1] -> Output. Raises ValueError as `check_images` does.
-
-        A background (B, 3, H, W) that is known already (phase 2) spares its computation.
-        """
+        """images (B, 3, H, W) in [0, 1] and, if it is known, their background -> Output."""
         self.check_images(images)
         feature_maps = self.generator(images).to(images.dtype)  # (B, K + D, h, w)
         if background is None:
@@ -521,16 +509,15 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         return self(images, background=images).weights.argmax(1)  # any background (section 4.1)
 
     def check_images(self, images):
-        """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
-        wanted, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
-        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
-            raise ValueError(f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
-        if images.dtype != dtype:
-            raise ValueError(f"images are {images.dtype}, the model {dtype}; bytes want / 255")
+        """Refuse a wrong shape or type and, outside training, wrong values."""
+        shape, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
+        if images.shape[1:] != shape or len(images) == 0 or images.dtype != dtype:
+            seen = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images are {seen}: this model takes {dtype} (B, *{shape}) in [0, 1]")
         if not (self.training or torch.compiler.is_compiling()):
             low, high = images.aminmax()
             if not (low > -1e-3 and high < 1 + 1e-3):  # resampling rounds a little beyond
-                raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+                raise ValueError(f"images have values {low:.4g}..{high:.4g}: use [0, 1]")
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -564,10 +551,7 @@ def robust_background_loss(images, background, predicted_error, beta=6.0, tau=0.
 
     images, background (B, 3, H, W), predicted_error (B, H, W), all in [0, 1] -> ().
     """
-
-    def distance(a, b):  # quadratic below three steps of 255
-        return F.smooth_l1_loss(a, b, reduction="none", beta=3 / 255)
-
+    distance = partial(F.smooth_l1_loss, reduction="none", beta=3 / 255)  # quadratic below 3 / 255
     error = distance(background, images).sum(1)  # (B, H, W)
     error_of_error = distance(predicted_error, error.detach() / 3)  # (B, H, W)
     with torch.no_grad():  # pixels around a large error are objects, and should not teach
@@ -588,18 +572,17 @@ def learning_rate(step, peak, total, warmup=0, decay_at=0.9):
 def contingency(target, predicted, slots):
     """Pixels that each pair of labels shares: two (B, H, W) -> (B, labels, labels), fp64.
 
-    A label above K gets a row of its own. Raises ValueError for what are no two such label maps.
+    A label above K gets a row of its own.
     """
-    for labels in (target, predicted):
-        fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
-        seen = f"a label map is {labels.dtype} {tuple(labels.shape)}"
-        require(fits and labels.numel() and labels.long().min() >= 0,
-                f"{seen}: use tensors (B, H, W) of integers from 0")  # fmt: skip
-    require(target.shape == predicted.shape, f"{seen}, its target {tuple(target.shape)}")
+    maps = [m for m in (target, predicted) if isinstance(m, Tensor) and not m.is_floating_point()]
+    fits = len(maps) == 2 and target.ndim == 3 and target.shape == predicted.shape
+    fits = fits and target.numel() and min(m.long().min() for m in maps) >= 0
+    seen = ", ".join(f"{m.dtype} {tuple(m.shape)}" for m in (target, predicted))
+    require(fits, f"label maps are {seen}: use two tensors (B, H, W) of integers from 0")
     both = torch.stack((target.long(), predicted.long())).flatten(2)  # (2, B, H W)
-    above = both[both > slots].unique()
-    both = torch.where(both > slots, slots + 1 + torch.searchsorted(above, both), both)
-    target, predicted = F.one_hot(both, slots + 1 + len(above)).double()  # (B, H W, labels)
+    known = torch.arange(slots + 1, device=both.device)
+    values = torch.cat((known, both.flatten())).unique()  # 0..K, then the labels above
+    target, predicted = F.one_hot(torch.searchsorted(values, both), len(values)).double()
     return target.mT @ predicted  # [image, target, predicted]
 
 
@@ -612,14 +595,14 @@ def iou_matrix(table):
 def mean_iou(target, predicted, slots):
     """mIoU with and without the background pair (mIoU, mIoU-FG), after a Hungarian matching.
 
-    Two (B, H, W) integers -> two (B,) in [0, 1], fp64: the sum of the matched IoUs over the matched
-    pairs of which one side at least is in the image.
+    Two (B, H, W) integers -> two (B,), fp64: the sum of the matched IoUs over the number of matched
+    pairs of which at least one side is in the image.
     """
     matrices, scores = iou_matrix(contingency(target, predicted, slots).cpu()), []
     for iou, present in zip(*(matrix.numpy() for matrix in matrices)):
         pairs = linear_sum_assignment(iou, maximize=True)  # rows 0.. and their columns
         matched, counted = iou[pairs], present[pairs]
-        # open: an image in which nothing is to be found and nothing was found counts 1 in mIoU-FG
+        # open: nothing to be found and nothing found counts 1 in mIoU-FG
         foreground = matched[1:].sum() / counted[1:].sum() if counted[1:].any() else 1.0
         scores.append((matched.sum() / counted.sum(), foreground))
     return tuple(torch.tensor(scores, dtype=torch.float64).T)
@@ -652,7 +635,7 @@ def segmentation_covering(target, predicted, slots):
 
 
 def squared_error(images, reconstruction):
-    """Squared error summed over colours and pixels: two (B, 3, H, W) in [0, 1] -> (B,)."""
+    """Summed over colours and pixels: two (B, 3, H, W) in [0, 1] -> (B,)."""
     return (images - reconstruction).square().sum((1, 2, 3))
 
 
@@ -661,19 +644,18 @@ def squared_error(images, reconstruction):
 
 @torch.no_grad()
 def start_as_identity(refinement):
-    """Let the refinement begin by changing next to nothing; PyTorch's own start takes too long."""
+    """Let the refinement begin as the identity; PyTorch's own start takes too long."""
     width, dim = refinement.embedding.weight.shape
     require(width > dim + 1, f"dim_transformer is {width}: the identity start needs {dim + 2}")
     # open: initialisation: each layer adds zero, and a large bias makes its norms nearly linear
-    bias = torch.tensor([1.0, -1.0]).repeat(width // 2 + 1)[:width]
-    frame = torch.cat((torch.ones(width, 1), bias[:, None], torch.randn(width, dim)), dim=1)
+    bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
+    frame = torch.column_stack((torch.ones(width), bias, torch.randn(width, dim)))
     basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, dim), orthogonal to the bias and to the mean
     refinement.embedding.weight.copy_(basis)
     refinement.embedding.bias.copy_(bias)
     refinement.projection.weight.copy_(basis.T)
-    refinement.projection.bias.zero_()
-    for layer in refinement.transformer.layers:
-        for parameter in (*layer.self_attn.out_proj.parameters(), *layer.linear2.parameters()):
+    for name, parameter in refinement.named_parameters():
+        if "out_proj" in name or "linear2" in name or name == "projection.bias":
             parameter.zero_()
 
 
@@ -685,7 +667,6 @@ import gzip
 import itertools
 import os
 import re
-import struct
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -699,7 +680,7 @@ class Images(NamedTuple):
     """Images as bytes, in memory or mapped from a file."""
 
     images: Tensor  # (N, 3, H, W), uint8
-    labels: Tensor  # (N, H, W), uint8, 0 background, 1.. objects, for evaluation; or None
+    labels: Tensor  # (N, H, W), uint8, 0 background, 1.. objects; or None
 
 
 def draw_shapes(count, seed, size=64):
@@ -708,8 +689,8 @@ def draw_shapes(count, seed, size=64):
     Colours do not tell objects apart: those of an image share two hues, shaded from one side.
     """
     random = np.random.default_rng(seed)
-    images, labels = map(np.stack, zip(*(draw_image(size, random) for _ in range(count))))
-    return Images(torch.from_numpy(images), torch.from_numpy(labels))
+    pairs = zip(*(draw_image(size, random) for _ in range(count)))
+    return Images(*(torch.from_numpy(np.stack(arrays)) for arrays in pairs))
 
 
 def draw_image(size, random):
@@ -751,10 +732,7 @@ def draw_image(size, random):
 
 
 def open_image(path, mask=False):
-    """An image as RGB, or a mask in its own mode, turned as its EXIF tag says.
-
-    Raises OSError for a damaged file, ValueError for more than 8 bits per channel.
-    """
+    """An image as RGB, or a mask in its own mode, turned as its EXIF tag says."""
     kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
     try:
         with Image.open(path, formats=kinds) as image:
@@ -780,8 +758,7 @@ def read_labels(path, dataset="folder"):
     require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {rule}")
     labels = np.array(image)
     if dataset == "folder":
-        shape, labels = labels.shape, np.unique(np.append(0, labels), return_inverse=True)[1]
-        labels = labels[1:].reshape(shape)
+        labels = np.searchsorted(np.union1d(0, labels), labels)
     require(labels.max() < 256, f"{path} has {labels.max()} labels, above 255: are its edges soft?")
     return labels.astype(np.uint8)
 
@@ -813,29 +790,26 @@ def list_files(folder):
     return sorted(folder / p for p in paths if not any(part[0] == "." for part in p.parts))
 
 
-MASK_NAME = re.compile(r"(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)")
+def by_stem(folder, paths):
+    """{sub-folder and stem: path}, refused if two files share one."""
+    stems = {path.relative_to(folder).with_suffix(""): path for path in paths}
+    require(len(stems) == len(paths), f"{folder} has two files that differ only in their suffix")
+    return stems
 
 
 def read_folder(data, masks, notes):
     """PNG, JPEG and WebP images; masks of the same sub-folder and stem in a folder of their own."""
-
-    def by_stem(folder, paths):
-        stems = {path.relative_to(folder).with_suffix(""): path for path in paths}
-        once = len(stems) == len(paths)
-        require(once, f"{folder} has two files that differ only in their suffix")
-        return stems
-
+    words = re.compile(r"(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)")
     files = [p for p in list_files(data) if not masks or masks not in p.parents]
     images = [p for p in files if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
     other = Counter(p.suffix for p in files) - Counter(p.suffix for p in images)
     notes += [f"{n} files {suffix} passed over" for suffix, n in other.items()]
     images, labels = by_stem(data, images), by_stem(masks, list_files(masks)) if masks else {}
     for stem, path in images.items():
-        named = MASK_NAME.search(str(stem).lower())
+        named = words.search(str(stem).lower())
         require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
-        require(not masks or stem in labels, f"{path} has no mask {masks}/{stem}.png")
-    for stem in labels.keys() - images.keys():
-        raise ValueError(f"{labels[stem]} has no image {data}/{stem}")
+    alone = sorted(map(str, images.keys() ^ labels.keys())) if masks else []
+    require(not alone, f"only one of {data} and {masks} has a file for {alone[:10]}: use pairs")
     yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
 
 
@@ -843,7 +817,7 @@ def read_clevrtex(data, variant, notes):
     """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
     name = re.compile(rf"CLEVRTEX_{variant}_(\d+)\.png")
     found = sorted((int(m[1]), p) for p in list_files(data) if (m := name.fullmatch(p.name)))
-    if [number for number, _ in found] != list(range(len(found))):
+    if [number for number, _ in found] != [*range(len(found))]:
         notes.append("warning: numbers have gaps or doubles, or do not begin with 0")
     # open: outd is one test set; camo too has a test part, its first 10 %
     part = "test" if variant == "outd" else ""
@@ -855,18 +829,15 @@ def read_shapestacks(data, _, notes):
     """recordings/<scenario>/rgb-*.png and iseg/<scenario>/*.map, by splits/default/<part>.txt."""
     items = []
     for split, part in (("test", "test"), ("eval", "val"), ("train", "train")):
-        for scenario in (data / "splits" / "default" / f"{split}.txt").read_text().split():
-            for path in sorted((data / "recordings" / scenario).glob("rgb-*-cam_*-mono-0.png")):
+        for scenario in (data / f"splits/default/{split}.txt").read_text().split():
+            for path in sorted(data.glob(f"recordings/{scenario}/rgb-*-cam_*-mono-0.png")):
                 name = f"iseg-w=0-f=0-l=0-c=original-cam_{path.stem.split('-cam_')[1]}.map"
                 items.append((path, data / "iseg" / scenario / name, part))
     yield from decoded(items, "shapestacks")
 
 
 def read_tfrecords(data, form, notes):
-    """tf.train.Examples with `image` and `mask`, GZIP or not, of a form (file, h, w, masks, walls).
-
-    The first masks are walls, the background. Raises OSError with the record's number.
-    """
+    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are walls."""
     name, height, width, masks, walls = form
     path = data if data.is_file() else data / f"{name}.tfrecords"
 
@@ -889,31 +860,31 @@ def read_tfrecords(data, form, notes):
                 head = file.read(12)  # length, its checksum (checking is left to gzip)
                 if not head:
                     return
-                size = struct.unpack("<Q", head[:8])[0]
-                record = file.read(size + 4) if size < 1 << 30 else b""
+                size = int.from_bytes(head[:8], "little")
+                record = file.read(min(size, 1 << 30) + 4)
                 require(len(record) == size + 4, "it is cut short, or no record")
                 image = values(record, b"image", height, width, 3)
                 mask = values(record, b"mask", masks, height, width)
-            except Exception as error:  # of gzip, zlib, struct or the two above
+            except Exception as error:
                 raise OSError(f"{path}, record {number}: {error}") from error
             labels = mask.argmax(0).clip(walls - 1) - (walls - 1)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
 
 
-# Reader and its argument, side of the centre crop, where in its cell a label is taken (0.5 as
-# Pillow does, 0 as PyTorch).
+# Reader and its argument, share that the centre crop keeps (by default all), where in its cell a
+# label is taken (by default 0.5 as Pillow does, 0 as PyTorch).
 DATASETS = {
-    "folder": (read_folder, None, 1.0, 0.5),
+    "folder": (read_folder, None),
     "shapestacks": (read_shapestacks, None, 196 / 224, 0.0),
     # open: CLEVR's first tenths by index, as the authors take them
-    "clevr": (read_tfrecords, ("clevr_with_masks_train", 240, 320, 11, 1), 0.8, 0.5),
-    "objectsroom": (read_tfrecords, ("objects_room_train", 64, 64, 7, 4), 1.0, 0.5),
-    "clevrtex": (read_clevrtex, "full", 0.8, 0.5),
+    "clevr": (read_tfrecords, ("clevr_with_masks_train", 240, 320, 11, 1), 0.8),
+    "objectsroom": (read_tfrecords, ("objects_room_train", 64, 64, 7, 4)),
+    "clevrtex": (read_clevrtex, "full", 0.8),
 }
 for name, masks in {"six_objects": 10, "identical_color": 10, "empty_room": 4}.items():
-    DATASETS[name] = (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4), 1.0, 0.5)
+    DATASETS[name] = (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4))
 for name in ("outd", "camo", "pbg", "vbg", "grassbg"):
-    DATASETS[name] = (read_clevrtex, name, 0.8, 0.5)
+    DATASETS[name] = (read_clevrtex, name, 0.8)
 
 
 def centre_crop(size, height, width, crop=1.0):
@@ -937,40 +908,38 @@ def crop_and_resize(image, labels, height, width, crop=1.0, where=0.5):
 
 
 def prepare(dataset, data, masks, height, width):
-    """Decode a data set -> dict: images, labels, ends of two parts, most labels, what was taken."""
-    reader, argument, crop, where = DATASETS[dataset]
+    """Decode a data set -> images, labels, ends of two parts, most labels, what was taken."""
+    reader, argument, *crop = DATASETS[dataset]
     images, maps, notes, parts, counts = bytearray(), bytearray(), [], Counter(), []
     for image, labels, part in reader(data, masks or argument, notes):
-        if labels is not None:
-            counts.append(len(set(np.unique(labels).tolist()) - {0}))
-        pixels, labels = crop_and_resize(image, labels, height, width, crop, where)
+        pixels, labels = crop_and_resize(image, labels, height, width, *crop)
         images += pixels.tobytes()
-        maps += b"" if labels is None else labels.tobytes()
         parts[part] += 1
-    count, tenth = parts.total(), max(1, parts.total() // 10)
+        if labels is not None:
+            maps += labels.tobytes()
+            counts.append(np.unique(labels[labels > 0]).size)
+    count = parts.total()
     require(count > 2, f"{data} holds {count} images of {dataset}: three parts need three")
+    test = val = min(10_000, max(1, count // 10))  # 10 000 of ObjectsRoom
     images = torch.frombuffer(images, dtype=torch.uint8).view(-1, 3, height, width)
-    notes += [f"{count} images", f"mean brightness {images[::tenth].float().mean() / 255:.2f}"]
+    notes += [f"{count} images", f"mean brightness {images[::test].float().mean() / 255:.2f}"]
+    labels = None
     if counts:
-        maps = torch.frombuffer(maps, dtype=torch.uint8).view(-1, height, width)
-        empty = 1 - maps.count_nonzero().item() / maps.numel()
+        labels = torch.frombuffer(maps, dtype=torch.uint8).view(-1, height, width)
+        empty = 1 - labels.count_nonzero() / labels.numel()
         fits = 0 < empty < 1 or dataset != "folder"  # a published set may have no object
         require(fits, f"{masks}: {empty:.0%} of the pixels are background")
         notes.append(f"labels, {min(counts)}..{max(counts)} objects each, background {empty:.0%}")
-    ends = [tenth, max(2 * tenth, count // 5)]
     if "" not in parts:  # the reader knows them
-        ends = [parts["test"], parts["test"] + parts["val"]]
-    elif dataset == "objectsroom" and count >= 30_000:
-        ends = [10_000, 20_000]
+        test, val = parts["test"], parts["val"]
     taken = f"{dataset} {data}: {', '.join(notes)}"
-    most = max(counts, default=0)
-    return dict(images=images, labels=maps if counts else None, ends=ends, most=most, taken=taken)
+    return images, labels, (test, test + val), max(counts, default=0), taken
 
 
-def load_tensors(path, **options):
-    """What torch.save wrote, on the CPU. Raises OSError with the file's name if it is damaged."""
+def load_tensors(path):
+    """What torch.save wrote, mapped from the file, which is named if it is damaged."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, **options)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
         raise OSError(f"{path} is damaged: delete it, and start again") from error
 
@@ -979,7 +948,6 @@ def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
     """The parts "test", "val", "train" and "all" of a data set, Images each, mapped from a cache.
 
     The first call decodes it, every call prints what was taken. slots is K, to warn of soft edges.
-    Raises OSError or ValueError, in a sentence, and then leaves no cache.
     """
     data, masks = (Path(os.path.abspath(path)) if path else None for path in (data, masks))
     key = zlib.crc32(os.fsencode(f"{data}:{masks}"))
@@ -989,13 +957,12 @@ def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(prepared, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    stored = load_tensors(path, mmap=True)
-    print(f"{stored['taken']}; cached in {path}, delete it to decode again")
-    if stored["most"] > 4 * slots:
-        print(f"warning: up to {stored['most']} labels per image for {slots} slots: soft edges?")
-    (a, b), maps = stored["ends"], stored["labels"]
+    images, labels, (a, b), most, taken = load_tensors(path)
+    print(f"{taken}; cached in {path}, delete it to decode again")
+    if most > 4 * slots:
+        print(f"warning: up to {most} labels per image for {slots} slots: soft edges?")
     parts = {"test": slice(a), "val": slice(a, b), "train": slice(b, None), "all": slice(None)}
     return {
-        name: Images(stored["images"][part], None if maps is None else maps[part])
+        name: Images(images[part], None if labels is None else labels[part])
         for name, part in parts.items()
     }
