@@ -941,7 +941,7 @@ def load_tensors(path):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        raise OSError(f"{path} is damaged: delete it, and start again") from error
+        raise OSError(f"{path} is missing or damaged: delete it, and start again") from error
 
 
 def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,16 +26,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageOps
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image, ImageDraw
 
 import astseg
-from astseg import ASTSeg, Config, require
+from astseg import PAPER_SETTINGS, ASTSeg, Config, require
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if GPU else torch.device("cpu")
+DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if GPU else "cpu")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Training(Config):
     dataset: Literal[("shapes", *astseg.DATASETS)] = "shapes"
     data: str = ""  # folder or file; shapes are drawn
     masks: str = ""  # folder of label maps for the images of a folder
-    cache: str = "cache"  # where decoded data sets are kept
+    cache: str = "cache"  # folder of decoded data sets
     scenario: Literal["CT", "BT", "frozen"] = "CT"  # curriculum, baseline, frozen background
     background_steps: int = 500_000  # phase 1; 2 500 for a fixed background
     background_batch: int = 128
@@ -103,14 +102,15 @@ SHAPES = SMALL | dict(
 
 def load_data(training, *names):
     """Images of the parts that are named, of "train", "val" and "test"."""
-    t, size = training, (training.height, training.width)
+    t = training
     if t.dataset == "shapes":
         require(t.height == t.width, "shapes are drawn on squares: width is not height")
         counts = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
         return [astseg.draw_shapes(*counts[name], t.height) for name in names]
+    where = t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
     for rank in range(RANKS):  # one process after the other: the first one decodes
         if rank == RANK:
-            parts = astseg.load_dataset(t.dataset, t.data, t.masks, *size, t.slots, t.cache)
+            parts = astseg.load_dataset(*where)
         wait()
     for name in names:
         require(len(parts[name].images), f"{t.dataset} {t.data} has no {name} part")
@@ -119,10 +119,10 @@ def load_data(training, *names):
 
 def to_float(images):
     """Bytes to floats in [0, 1] on the device."""
-    return images.to(DEVICE, non_blocking=True).float() / 255
+    return images.to(DEVICE).float() / 255
 
 
-@lru_cache(maxsize=2)
+@lru_cache(2)
 def epoch_order(count, seed, device):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -137,14 +137,15 @@ def batch_indices(step, batch, count, seed, device="cpu"):
     return order[position * batch + RANK : (position + 1) * batch : RANKS]
 
 
-def load_batch(images, backgrounds, step, batch, training):
-    """Images of a step and, unless they are None, their backgrounds: (B, 3, H, W) in [0, 1]."""
+def load_batch(arrays, step, batch, training):
+    """The images of a step, and of their backgrounds if they are given: (B, 3, H, W) in [0, 1]."""
+    images = arrays[0]
     index = batch_indices(step, batch, len(images), training.seed, images.device)
-    pair = [to_float(x[index]) for x in (images, backgrounds) if x is not None]
+    found = [to_float(x[index]) for x in arrays]
     if training.flip:  # an image and its background alike
         mirrored = torch.rand(len(index), 1, 1, 1, device=DEVICE) < 0.5
-        pair = [torch.where(mirrored, x.flip(3), x) for x in pair]
-    return pair
+        found = [torch.where(mirrored, x.flip(3), x) for x in found]
+    return found
 
 
 @torch.no_grad()
@@ -163,34 +164,28 @@ def memorise_backgrounds(model, images):
 def curriculum(training):
     """The phases of a scenario: (name, first step, stop); "foreground" has a frozen background."""
     t = training
-    middle = {"CT": t.phase2_steps, "frozen": t.steps, "BT": 0}[t.scenario]
-    phases = [
-        ("background", 0, 0 if t.scenario == "BT" else t.background_steps),
-        ("foreground", 0, middle),
-        ("joint", middle, t.steps),  # open: phases 2 and 3 share one step counter
-    ]
-    return [(name, start, stop) for name, start, stop in phases if start < stop]
+    middle = {"CT": t.phase2_steps, "BT": 0, "frozen": t.steps}[t.scenario]
+    background = ("background", 0, 0 if t.scenario == "BT" else t.background_steps)
+    # open: phases 2 and 3 share one step counter
+    phases = [background, ("foreground", 0, middle), ("joint", middle, t.steps)]
+    return [phase for phase in phases if phase[1] < phase[2]]
 
 
 def make_optimizer(model, phase, training):
     """The optimiser of a phase; only what the phase trains has gradients from here on."""
-    factors = {  # on the learning rate
-        model.generator: 1.0,
-        model.encoder: training.refinement_lr_factor,  # its parameters are the refinement's
-        model.renderer.glimpse_generator: training.glimpse_lr_factor,
-    }
-    if phase != "foreground":  # open: in phase 3 the background learns from (22) alone
-        factors = {model.background: 1.0} | (factors if phase == "joint" else {})
-    model.requires_grad_(False)
-    groups = [
-        dict(params=[*part.requires_grad_(True).parameters()], factor=factor)
-        for part, factor in factors.items()
-    ]
+    model.requires_grad_(phase != "background")
+    model.background.requires_grad_(phase != "foreground")
     if phase == "background":  # open: AdamW with its default betas and no weight decay
-        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    alpha_0 = model.renderer.log_alpha_0.requires_grad_(True)
-    groups.append(dict(params=[alpha_0], factor=training.alpha_0_lr_factor))
-    # open: a fresh Adam takes all parameters at the start of phase 3, at full rate
+        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, fused=True)
+    factors = [  # on the learning rate; a background without gradients stays as it is
+        (model.background.parameters(), 1.0),
+        (model.generator.parameters(), 1.0),
+        (model.encoder.parameters(), training.refinement_lr_factor),
+        (model.renderer.glimpse_generator.parameters(), training.glimpse_lr_factor),
+        ([model.renderer.log_alpha_0], training.alpha_0_lr_factor),
+    ]
+    groups = [dict(params=[*parameters], factor=factor) for parameters, factor in factors]
+    # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -202,7 +197,7 @@ def set_learning_rate(optimizer, phase, step, training):
     else:  # open: update t uses the rate of step t + 1, the entropy weight of step t
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["factor"]
+        group["lr"] = lr * group.get("factor", 1.0)
 
 
 # ---- The loop ----
@@ -211,22 +206,22 @@ def set_learning_rate(optimizer, phase, step, training):
 def build_model(training):
     """A model of random, or partly pretrained, weights, on the device."""
     torch.manual_seed(training.seed)
-    config = Config(**{field.name: getattr(training, field.name) for field in fields(Config)})
-    model = ASTSeg(config)
-    if config.transformer and training.refinement_start == "identity":
+    model = ASTSeg(Config(**{f.name: getattr(training, f.name) for f in fields(Config)}))
+    if training.transformer and training.refinement_start == "identity":
         astseg.start_as_identity(model.encoder.refinement)
     if training.pretrained:
         model.generator.load_backbone(training.pretrained)
     if GPU and RANKS > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(training.seed + 1000 * RANK)  # processes draw their own dropout
     return model.to(DEVICE)
 
 
 def train(training, folder, resume=False):
     """The whole curriculum, from the start or a checkpoint, and its results."""
-    t, model, state = training, build_model(training), dict(phase=0, seconds=0.0, log=[])
-    data, validation, test = load_data(t, "train", "val", "test")
+    t, state = training, dict(phase=0, seconds=0.0, log=[])
+    model = build_model(replace(t, pretrained="") if resume else t)
+    data, val, test = load_data(t, "train", "val", "test")
     images, count = data.images, len(data.images)
     for batch in (t.batch, t.background_batch):
         require(count >= batch, f"{count} training images do not fill a batch of {batch}")
@@ -236,27 +231,31 @@ def train(training, folder, resume=False):
     if resume:
         state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "settings.json").write_text(json.dumps(asdict(t), indent=1))
+    elif RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(asdict(t), indent=1))
     started = time.time() - state["seconds"]
 
     for number, (phase, start, stop) in [*enumerate(curriculum(t))][state["phase"] :]:
         optimizer = make_optimizer(model, phase, t)
-        if "optimizer" in state:  # of this phase, resumed
-            optimizer.load_state_dict(state.pop("optimizer"))
-            torch.set_rng_state(state["random"])
+        if resume and number == state["phase"]:
+            optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
+            if RANK == 0:  # the other processes draw their own dropout
+                torch.set_rng_state(state["random"])
         alone = phase == "background"
         batch, network = (t.background_batch, model.background) if alone else (t.batch, model)
         network = torch.compile(network) if GPU and t.compile else network
-        network = DistributedDataParallel(network) if RANKS > 1 else network
-        backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
+        network = torch.nn.parallel.DistributedDataParallel(network) if RANKS > 1 else network
+        arrays = [images]
+        if phase == "foreground":  # its background is frozen
+            arrays.append(memorise_backgrounds(model, images))
         print(f"\nphase {number + 1}, {phase}: steps {start} to {stop}\n{LOG_HEAD}")
         losses, clock = [], time.time()
         model.train()
         for step in range(start, stop):
             set_learning_rate(optimizer, phase, step, t)
-            x, *behind = load_batch(images, backgrounds, step, batch, t)
+            x, *behind = load_batch(arrays, step, batch, t)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU and t.bf16):
                 if alone:
                     loss = astseg.robust_background_loss(x, *network(x))
@@ -275,16 +274,17 @@ def train(training, folder, resume=False):
                 continue
             line = dict(phase=phase, step=step + 1, loss=torch.stack(losses).mean().item())
             line["images/s"] = len(losses) * batch / (time.time() - clock)
-            losses = []
             if RANK == 0:
-                seen = validation if judge and not alone else None
-                report(model, seen, line, state["log"], folder)
+                report(model, val if judge and not alone else None, line, state["log"], folder)
             if RANK == 0 and save:
-                state |= dict(phase=number, step=step + 1, seconds=time.time() - started,
-                              random=torch.get_rng_state(), model=model.state_dict())  # fmt: skip
-                torch.save(state | {"optimizer": optimizer.state_dict()}, folder / "checkpoint.tmp")
+                state |= dict(
+                    phase=number, step=step + 1, seconds=time.time() - started,
+                    model=model.state_dict(), optimizer=optimizer.state_dict(),
+                    random=torch.get_rng_state(),
+                )  # fmt: skip
+                torch.save(state, folder / "checkpoint.tmp")
                 os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
-            clock = time.time()
+            losses, clock = [], time.time()
             model.train()
     if RANK == 0:
         write_results(model, test, state["log"], folder, t.seed, time.time() - started)
@@ -302,14 +302,14 @@ def report(model, validation, line, log, folder):
     line["alpha_0"] = model.renderer.log_alpha_0.exp().mean().item()
     if validation is not None:
         line |= evaluate(model, validation, 200)
-        (folder / "training").mkdir(exist_ok=True)
         rows, _ = picture_rows(model, validation, 4)
         rows = {f"step {line['step']}": rows.pop("input")} | rows
+        (folder / "training").mkdir(exist_ok=True)
         picture_grid(rows, folder / "training" / f"{line['step']:06d}.png")
     log.append(line)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    cells = (f"{line[name]:11.4g}" if name in line else " " * 11 for name in COLUMNS)
-    print("".join(cells), flush=True)
+    cells = (f"{line[name]:.4g}" if name in line else "" for name in COLUMNS)
+    print("".join(f"{cell:>11}" for cell in cells), flush=True)
     if line.get("foreground", 1) < 0.005:
         print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
     if line.get("clamped", 0) > 0.5:
@@ -356,7 +356,7 @@ def print_table(rows):
 
 @torch.no_grad()
 def picture_rows(model, data, count):
-    """Rows of pictures of the first images: as in Figure 2, and of each slot."""
+    """Rows of pictures of the first images: as in Figure 2, and of the slots of the first three."""
     images = to_float(data.images[:count])
     out, size = model.eval()(images), images.shape[2:]
     rows, slots = {"input": images}, {}
@@ -365,50 +365,50 @@ def picture_rows(model, data, count):
     rows["segments"] = PALETTE[out.weights.argmax(1).cpu()].movedim(3, 1)
     rows |= {"reconstruction": out.reconstruction, "background": out.background}
     x, y = astseg.normalized_coordinates(*size, DEVICE)
-    for k in range(model.config.slots):
-        attention = F.interpolate(out.attention[:, k, None], size)  # (B, 1, H, W)
-        attention = attention / attention.amax((2, 3), keepdim=True)
-        at_x, at_y = out.attention_position[:, k, :, None, None, None].unbind(1)
-        spot = torch.hypot(x - at_x, y[:, None] - at_y) < 0.08  # (B, 1, H, W), the soft-argmax
-        color, mask = F.interpolate(out.glimpses[:, k], size).split([3, 1], dim=1)
-        slots[f"attention {k + 1}"] = torch.cat((attention + spot, *[attention * ~spot] * 2), 1)
-        slots[f"glimpse {k + 1}"] = 1 - mask * (1 - color)  # white where there is nothing
-        slots[f"layer {k + 1}"] = 1 - out.weights[:, k + 1, None] * (1 - out.layers[:, k])
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, H, W)
+    red = torch.tensor([1.0, 0, 0], device=DEVICE).view(3, 1, 1)
+    for b in range(len(images[:3])):
+        attention = out.attention[b, :, None]  # (K, 1, h, w)
+        attention = F.interpolate(attention / attention.amax((2, 3), keepdim=True), size)
+        away = (places - out.attention_position[b, :, :, None, None]).norm(dim=1, keepdim=True)
+        slots[f"attention {b + 1}"] = attention.where(away > 0.08, red)  # a spot of soft-argmax
+        color, mask = F.interpolate(out.glimpses[b], size).split([3, 1], dim=1)
+        slots[f"glimpse {b + 1}"] = 1 - mask * (1 - color)  # white where there is nothing
+        slots[f"layer {b + 1}"] = 1 - out.weights[b, 1:, None] * (1 - out.layers[b])
     return rows, slots
 
 
 def picture_grid(rows, path):
     """Save rows {name: pictures (B, 3, H, W) in [0, 1]} as one picture, twice as large."""
     strips = [F.pad(row.cpu(), (1,) * 4, value=1.0) for row in rows.values()]
-    strips = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)
-    pixels = (strips.clamp(0, 1) * 255).byte().movedim(0, 2).numpy()
-    picture = Image.fromarray(pixels.repeat(2, 0).repeat(2, 1))
-    canvas = ImageOps.expand(picture, (100, 0, 0, 0), "white")
+    grid = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)
+    grid = F.interpolate(F.pad(grid, (50, 0), value=1.0)[None], scale_factor=2)[0]  # names left
+    picture = Image.fromarray((grid.clamp(0, 1) * 255).byte().movedim(0, 2).numpy())
     for i, name in enumerate(rows):
-        place = (4, (i + 0.4) * canvas.height / len(rows))
-        ImageDraw.Draw(canvas).text(place, name, "black", font_size=14)
-    canvas.save(path)
+        place = (4, (i + 0.4) * picture.height / len(rows))
+        ImageDraw.Draw(picture).text(place, name, "black", font_size=14)
+    picture.save(path)
 
 
 def write_results(model, data, log, folder, seed, seconds):
     """The model, metrics.json and the pictures of a finished run."""
     model.save_pretrained(folder / "model")
     metrics = evaluate(model, data)
-    results = {name: metrics[name] for name in METRICS if name in metrics}
-    results |= dict(images=len(data.images), seconds=round(seconds), seed=seed)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+    facts = dict(images=len(data.images), seconds=round(seconds), seed=seed)
+    (folder / "metrics.json").write_text(json.dumps(metrics | facts, indent=1))
     rows, slots = picture_rows(model, data, 10)
     picture_grid(rows, folder / "segmentation.png")
     picture_grid(slots, folder / "slots.png")
-    first, *others = map(Image.open, sorted((folder / "training").glob("*.png")))
-    first.save(folder / "training.gif", save_all=True, append_images=others, duration=500, loop=0)
-    figure = Figure()
-    axes = figure.subplots()
+    steps = [line["step"] for line in log if "MSE" in line]
+    frames = (Image.open(folder / "training" / f"{step:06d}.png") for step in steps)
+    options = dict(save_all=True, append_images=frames, duration=500, loop=0)
+    next(frames).save(folder / "training.gif", **options)
+    axes = Figure().subplots()
     for name in ("loss", "mIoU", "ARI-FG"):
         lines = [line for line in log if name in line and line["phase"] != "background"]
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
     axes.legend()
-    figure.savefig(folder / "curves.png")
+    axes.figure.savefig(folder / "curves.png")
     print_table([(f"AST-Seg, seed {seed}", metrics)])
     print(f"{folder}: {len(data.images)} test images, {seconds:.0f} s in all")
 
@@ -424,17 +424,18 @@ def load_model(folder):
 
 
 @torch.no_grad()
-def segment_files(folder, paths, output):
+def segment_files(folder, *paths, output=None):
     """Write <stem>_labels.png, _overlay.png and _objects.json for each image, one at a time.
 
     An image is cropped at its centre to the model's aspect; what is reported is in its own pixels.
     """
-    model = load_model(folder)
+    require(paths, "--segment takes a run folder and then at least one image")
     once = len({path.stem for path in paths}) == len(paths)
     require(once, "two images have one name: their results would collide")
-    output.mkdir(parents=True, exist_ok=True)
+    model, output = load_model(folder), output or folder / "segmented"
+    size = model.config.height, model.config.width
     for path in paths:
-        image, size = astseg.open_image(path), (model.config.height, model.config.width)
+        image = astseg.open_image(path)
         box = astseg.centre_crop(image.size, *size)
         corner, crop = np.array(box[:2]), np.subtract(box[2:], box[:2])  # (x, y) each
         pixels, _ = astseg.crop_and_resize(image, None, *size)
@@ -443,18 +444,21 @@ def segment_files(folder, paths, output):
         picture = Image.new("P", image.size)  # 0, the background, around the crop
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
         picture.paste(small.resize(tuple(crop), Image.Resampling.NEAREST), box)
-        labels, objects = np.array(picture), []
-        for k in np.unique(labels[labels > 0]).tolist():
-            position, scale, activation, _ = (x[0, k - 1].cpu().numpy() for x in out.latents)
-            position, glimpse_size = corner + (position + 1) / 2 * crop, crop / scale
-            objects.append(dict(
-                label=k, position=position.tolist(), glimpse_size=glimpse_size.tolist(),
-                activation=activation.item(), pixels=np.sum(labels == k).item(),
-                box=Image.fromarray(labels == k).getbbox(),
-            ))  # fmt: skip
+        labels = np.array(picture)
+        position, scale, activation, _ = (x[0].cpu().numpy() for x in out.latents)  # (K, ...)
+        position, glimpse_size = corner + (position + 1) / 2 * crop, crop / scale
+        objects = [
+            dict(
+                label=k, position=position[k - 1].tolist(), pixels=(labels == k).sum().item(),
+                glimpse_size=glimpse_size[k - 1].tolist(), activation=activation[k - 1].item(),
+                box=Image.fromarray(labels == k).getbbox(),  # right and bottom are outside
+            )
+            for k in np.unique(labels[labels > 0]).tolist()
+        ]  # fmt: skip
+        output.mkdir(parents=True, exist_ok=True)
+        picture.save(output / f"{path.stem}_labels.png")
         half = Image.fromarray((labels > 0) * np.uint8(128))
         overlay = Image.composite(picture.convert("RGB"), image, half)
-        picture.save(output / f"{path.stem}_labels.png")
         overlay.save(output / f"{path.stem}_overlay.png")
         (output / f"{path.stem}_objects.json").write_text(json.dumps(objects, indent=1))
         print(f"{path}: {len(objects)} objects -> {output}/{path.stem}_labels.png")
@@ -462,10 +466,11 @@ def segment_files(folder, paths, output):
 
 def evaluate_runs(folders, part="test", **given):
     """A row of metrics for each run and, for several, their mean and standard deviation."""
+    if "data" in given:  # the run's own masks belong to its own data
+        given.setdefault("masks", "")
     rows = []
     for folder in folders:
-        own = {"masks": ""} if "data" in given else {}  # they belong to the run's own data
-        training = replace(read_settings(folder), **own | given)
+        training = replace(read_settings(folder), **given)
         (data,) = load_data(training, part)
         require(data.labels is not None, f"{training.data} has no label maps: name them by --masks")
         rows.append((folder.name, evaluate(load_model(folder), data)))
@@ -485,9 +490,7 @@ def wait():
 
 
 def read_settings(folder):
-    path = folder / "settings.json"
-    require(path.exists(), f"{path} is missing: there is no run in that folder")
-    return Training(**json.loads(path.read_text()))
+    return Training(**json.loads((folder / "settings.json").read_text()))
 
 
 def boolean(text):
@@ -501,51 +504,44 @@ def parse(arguments):
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
-    for name, count in (("resume", None), ("evaluate", "+"), ("segment", "+"), ("output", None)):
-        parser.add_argument(f"--{name}", type=Path, nargs=count, metavar="PATH")
+    for name, count in dict(resume=None, evaluate="+", segment="+", output=None).items():
+        parser.add_argument(f"--{name}", type=Path, nargs=count)
     parser.add_argument("--part", choices=("test", "val", "train"))
     parser.add_argument("--preset", choices=("shapes", "small", "paper"))
     for field in fields(Training):
-        flag, choices, text = f"--{field.name}", get_args(field.type), f"default {field.default}"
-        if field.type is bool:
-            parser.add_argument(flag, type=boolean, nargs="?", const=True, metavar="X", help=text)
+        flag, kind, text = f"--{field.name}", type(field.default), f"default {field.default}"
+        if kind is bool:
+            parser.add_argument(flag, type=boolean, nargs="?", const=True, help=text)
             no = dict(dest=field.name, action="store_false", help=argparse.SUPPRESS)
             parser.add_argument(f"--no_{field.name}", **no)
-        elif choices:
-            parser.add_argument(flag, choices=choices, help=text)
         else:
-            parser.add_argument(flag, type=field.type, metavar="X", help=text)
+            parser.add_argument(flag, type=kind, choices=get_args(field.type) or None, help=text)
     return vars(parser.parse_args(arguments))
 
 
 def main(arguments=None):
     given = parse(arguments)
     given |= {n: os.path.abspath(given[n]) for n in ("data", "masks", "cache") if given.get(n)}
-    data = {"dataset", "data", "masks", "cache", "part"}
-    for command, others in (("resume", set()), ("segment", {"output"}), ("evaluate", data)):
-        wrong = given.keys() - others - {command} if command in given else ()
+    flags = dict(resume=[], segment=["output"], evaluate="part dataset data masks cache".split())
+    for command in flags.keys() & given.keys():
+        wrong = given.keys() - {command, *flags[command]}
         require(not wrong, f"--{command} takes the run's own settings: leave out {sorted(wrong)}")
     if "segment" in given:
-        folder, *paths = given["segment"]
-        require(paths, "--segment takes a run folder and then at least one image")
-        return segment_files(folder, paths, given.get("output", folder / "segmented"))
+        return segment_files(*given["segment"], output=given.get("output"))
     if "evaluate" in given:
         return evaluate_runs(given.pop("evaluate"), **given)
-    require("part" not in given, "--part is for --evaluate only")
     if "resume" in given:
-        folder = given["resume"]
-        require((folder / "checkpoint.pt").exists(), f"{folder} has no checkpoint to resume from")
-        return train(read_settings(folder), folder, resume=True)
+        return train(read_settings(given["resume"]), given["resume"], resume=True)
+    require("part" not in given, "--part is for --evaluate only")
     dataset = given.get("dataset", "shapes")
     folder = given.pop("output", Path("runs", dataset))
     exists = (folder / "checkpoint.pt").exists()
     require(not exists, f"{folder} holds a run: --resume it, or name another --output")
-    inside = Path(given.get("data") or "/dev/null") in folder.absolute().parents
+    inside = folder.absolute().is_relative_to(given.get("data") or "/dev/null")
     require(not inside, f"{folder} is inside the data: name another --output")
-    paper = astseg.PAPER_SETTINGS.get(dataset, {})
-    paper = paper | dict(background_steps=2500) if dataset == "clevr" else paper
-    preset = given.pop("preset", "shapes" if dataset == "shapes" else "paper")
-    preset = {"shapes": SHAPES, "small": SMALL, "paper": paper}[preset]
+    paper = dict(background_steps=2500) if dataset == "clevr" else {}
+    presets = dict(shapes=SHAPES, small=SMALL, paper=paper | PAPER_SETTINGS.get(dataset, {}))
+    preset = presets[given.pop("preset", "shapes" if dataset == "shapes" else "paper")]
     train(Training(**preset | given), folder)
 
 
@@ -554,8 +550,9 @@ if __name__ == "__main__":
     if RANKS > 1:
         if GPU:
             torch.cuda.set_device(DEVICE)
-        dist.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        dist.init_process_group(timeout=timedelta(days=1))  # the first one may decode for hours
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
     try:
         main()
     except (OSError, ValueError) as error:
