@@ -228,6 +228,7 @@ class Encoder(nn.Module):
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
         position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
+        # One matrix product per image, (B, K, hw) times (B, hw, D).
         pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
         slots = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
         return self.latents(slots), attention, position
@@ -320,7 +321,8 @@ class Renderer(nn.Module):
 
 # ---- Section 4.1: background model, the autoencoder of [38] ----
 
-# Channels of encoder and decoder, both from image to latents, by number of blocks.
+# Channels of encoder and decoder, both from image to latents, by number of blocks, as the authors
+# use [38] for this paper.
 BACKGROUND_CHANNELS = {
     ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
     ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
@@ -782,12 +784,15 @@ def decoded(items, dataset):
 def list_files(folder):
     """Files of a folder and below it, sorted; links are followed, hidden names passed over."""
 
-    def refuse(error):  # a folder that cannot be read, a link that leads in a circle
+    def refuse(error):  # a folder that cannot be read
         raise error
 
     walk = os.walk(folder, followlinks=True, onerror=refuse)
-    paths = (Path(where, name).relative_to(folder) for where, _, names in walk for name in names)
-    return sorted(folder / p for p in paths if not any(part[0] == "." for part in p.parts))
+    paths = [Path(where, name).relative_to(folder) for where, _, names in walk for name in names]
+    paths = [folder / p for p in paths if not any(part[0] == "." for part in p.parts)]
+    once = len({os.path.realpath(path) for path in paths}) == len(paths)
+    require(once, f"{folder} shows a file twice: does a link lead in a circle?")
+    return sorted(paths)
 
 
 def by_stem(folder, paths):

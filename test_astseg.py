@@ -1159,6 +1159,7 @@ def picture(*size, mode="RGB"):
         (lambda m: picture().save(m.parent / "images" / "00_mask.png"), "named as a mask"),
         (lambda m: picture().save(m.parent / "images" / "00.webp"), "differ only in their suffix"),
         (lambda m: picture().save(m / "00.PNG"), "two files that differ only in their suffix"),
+        (lambda m: (m / "more" / "up").symlink_to(m), "shows a file twice: does a link lead"),
         (lambda m: Image.fromarray(np.zeros((50, 80), np.uint16)).save(
             m.parent / "images" / "00.png"), "00.png has more than 8 bits per channel"),
     ],
