@@ -371,10 +371,14 @@ def picture_rows(model, data, count):
         attention = out.attention[b, :, None]  # (K, 1, h, w)
         attention = F.interpolate(attention / attention.amax((2, 3), keepdim=True), size)
         away = (places - out.attention_position[b, :, :, None, None]).norm(dim=1, keepdim=True)
-        slots[f"attention {b + 1}"] = attention.where(away > 0.08, red)  # a spot of soft-argmax
         color, mask = F.interpolate(out.glimpses[b], size).split([3, 1], dim=1)
-        slots[f"glimpse {b + 1}"] = 1 - mask * (1 - color)  # white where there is nothing
-        slots[f"layer {b + 1}"] = 1 - out.weights[b, 1:, None] * (1 - out.layers[b])
+        pairs = {
+            "attention": (images, attention.where(away > 0.08, red)),  # a spot of soft-argmax
+            "glimpse": (out.background, 1 - mask * (1 - color)),  # white where there is nothing
+            "layer": (out.reconstruction, 1 - out.weights[b, 1:, None] * (1 - out.layers[b])),
+        }
+        for name, (whole, each) in pairs.items():
+            slots[f"{name} {b + 1}"] = torch.cat((whole[b : b + 1], each))
     return rows, slots
 
 
@@ -509,13 +513,14 @@ def parse(arguments):
     parser.add_argument("--part", choices=("test", "val", "train"))
     parser.add_argument("--preset", choices=("shapes", "small", "paper"))
     for field in fields(Training):
-        flag, kind, text = f"--{field.name}", type(field.default), f"default {field.default}"
+        flag, kind, choices = f"--{field.name}", type(field.default), get_args(field.type) or None
+        options = dict(help=f"default {field.default}", metavar=None if choices else "X")
         if kind is bool:
-            parser.add_argument(flag, type=boolean, nargs="?", const=True, help=text)
+            parser.add_argument(flag, type=boolean, nargs="?", const=True, **options)
             no = dict(dest=field.name, action="store_false", help=argparse.SUPPRESS)
             parser.add_argument(f"--no_{field.name}", **no)
         else:
-            parser.add_argument(flag, type=kind, choices=get_args(field.type) or None, help=text)
+            parser.add_argument(flag, type=kind, choices=choices, **options)
     return vars(parser.parse_args(arguments))
 
 
