@@ -6,6 +6,8 @@
     python train.py --evaluate RUN [RUN ...]          metrics; of several runs mean and deviation
     python train.py --segment RUN IMAGE [IMAGE ...]   label map, overlay and objects of each image
     torchrun --nproc_per_node N train.py ...          the same on several GPUs
+
+A run folder gets model/, checkpoint.pt, settings.json, log.jsonl, metrics.json and pictures.
 """
 
 import argparse
