@@ -95,7 +95,7 @@ SMALL = dict(
 SHAPES = SMALL | dict(
     height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=9000,
     phase2_steps=7400, batch=16, lr=7e-4, warmup=200, decay_at=0.65, entropy_weight=0.02,
-    entropy_warmup=2000, glimpse_lr_factor=8.0, alpha_0_lr_factor=1.0, train_images=8000,
+    entropy_warmup=2000, train_images=8000,
 )  # fmt: skip
 
 
