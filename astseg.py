@@ -435,7 +435,7 @@ class Config:
         for field in fields(self):
             name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
             if choices:
-                require(value in choices, f"{name} is {value!r}: use one of {choices}")
+                require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
             elif field.type in (int, float) and name != "log_alpha_0":
                 good = value > 0 or (value == 0 and name in self.zero)
                 require(good, f"{name} is {value}: use a positive number")
@@ -443,9 +443,9 @@ class Config:
         low, high = self.scale_min, self.scale_max
         require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
         require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
-        require(self.slots <= 255, f"slots is {self.slots}: use at most 255")
+        require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
         require(dim % heads == 0, f"{heads} heads do not divide dim_transformer {dim}")
-        require(low < high, f"scale_min is {low}, scale_max {high}: the first must be smaller")
+        require(low < high, f"scale_min is {low} and scale_max {high}: the first must be smaller")
 
 
 # What the paper sets for each of its data sets (section 5.1), where Config's default differs.
@@ -511,15 +511,16 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         return self(images, background=images).weights.argmax(1)  # any background (section 4.1)
 
     def check_images(self, images):
-        """Refuse a wrong shape or type and, outside training, wrong values."""
-        shape, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
-        if images.shape[1:] != shape or len(images) == 0 or images.dtype != dtype:
-            seen = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images are {seen}: this model takes {dtype} (B, *{shape}) in [0, 1]")
+        """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
+        wanted, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
+        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
+            raise ValueError(f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
+        if images.dtype != dtype:
+            raise ValueError(f"images are {images.dtype}, the model {dtype}; bytes want / 255")
         if not (self.training or torch.compiler.is_compiling()):
             low, high = images.aminmax()
             if not (low > -1e-3 and high < 1 + 1e-3):  # resampling rounds a little beyond
-                raise ValueError(f"images have values {low:.4g}..{high:.4g}: use [0, 1]")
+                raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -574,13 +575,14 @@ def learning_rate(step, peak, total, warmup=0, decay_at=0.9):
 def contingency(target, predicted, slots):
     """Pixels that each pair of labels shares: two (B, H, W) -> (B, labels, labels), fp64.
 
-    A label above K gets a row of its own.
+    A label above K gets a row of its own. Raises ValueError for what are no two such label maps.
     """
-    maps = [m for m in (target, predicted) if isinstance(m, Tensor) and not m.is_floating_point()]
-    fits = len(maps) == 2 and target.ndim == 3 and target.shape == predicted.shape
-    fits = fits and target.numel() and min(m.long().min() for m in maps) >= 0
-    seen = ", ".join(f"{m.dtype} {tuple(m.shape)}" for m in (target, predicted))
-    require(fits, f"label maps are {seen}: use two tensors (B, H, W) of integers from 0")
+    for labels in (target, predicted):
+        fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
+        seen = f"a label map is {labels.dtype} {tuple(labels.shape)}"
+        require(fits and labels.numel() and labels.long().min() >= 0,
+                f"{seen}: use tensors (B, H, W) of integers from 0")  # fmt: skip
+    require(target.shape == predicted.shape, f"{seen}, its target {tuple(target.shape)}")
     both = torch.stack((target.long(), predicted.long())).flatten(2)  # (2, B, H W)
     known = torch.arange(slots + 1, device=both.device)
     values = torch.cat((known, both.flatten())).unique()  # 0..K, then the labels above
@@ -813,8 +815,9 @@ def read_folder(data, masks, notes):
     for stem, path in images.items():
         named = words.search(str(stem).lower())
         require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
-    alone = sorted(map(str, images.keys() ^ labels.keys())) if masks else []
-    require(not alone, f"only one of {data} and {masks} has a file for {alone[:10]}: use pairs")
+        require(not masks or stem in labels, f"{path} has no mask {masks}/{stem}.png")
+    for stem in labels.keys() - images.keys():
+        raise ValueError(f"{labels[stem]} has no image {data}/{stem}")
     yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
 
 
@@ -946,7 +949,7 @@ def load_tensors(path):
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        raise OSError(f"{path} is missing or damaged: delete it, and start again") from error
+        raise OSError(f"{path} is damaged: delete it, and start again") from error
 
 
 def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):

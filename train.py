@@ -103,11 +103,12 @@ SHAPES = SMALL | dict(
 
 
 def load_data(training, *names):
-    """Images of the parts that are named, of "train", "val" and "test"."""
+    """Images of the parts that are named, of "train", "val", "test" and, from files, "all"."""
     t = training
     if t.dataset == "shapes":
         require(t.height == t.width, "shapes are drawn on squares: width is not height")
         counts = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
+        require(counts.keys() >= {*names}, "shapes are drawn apart: there is no all part")
         return [astseg.draw_shapes(*counts[name], t.height) for name in names]
     where = t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
     for rank in range(RANKS):  # one process after the other: the first one decodes
@@ -151,13 +152,16 @@ def load_batch(arrays, step, batch, training):
 
 
 @torch.no_grad()
-def memorise_backgrounds(model, images):
-    """The backgrounds (N, 3, H, W), uint8, of all images, where the images are."""
-    memory = torch.empty_like(images)
-    for part, target in zip(images.split(100), memory.split(100)):
-        background, _ = model.eval().background(to_float(part))
-        target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
-    return memory
+def memorise_backgrounds(model, images, path):
+    """Backgrounds (N, 3, H, W), uint8, of all images: in a mapped file, or on the GPU as they."""
+    memory = torch.from_file(str(path), shared=True, size=images.numel(), dtype=torch.uint8)
+    memory = memory.view(images.shape)
+    if RANK == 0:
+        for part, target in zip(images.split(100), memory.split(100)):
+            background, _ = model.eval().background(to_float(part))
+            target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
+    wait()
+    return memory.to(images.device)
 
 
 # ---- The curriculum (section 4.2.2) ----
@@ -192,7 +196,7 @@ def make_optimizer(model, phase, training):
 
 
 def set_learning_rate(optimizer, phase, step, training):
-    """Set the rate of the update after `step` others."""
+    """Set and return the rate of the update after `step` others."""
     t = training
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
         lr = astseg.learning_rate(step, t.background_lr, t.background_steps, decay_at=0.8)
@@ -200,6 +204,7 @@ def set_learning_rate(optimizer, phase, step, training):
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
+    return lr
 
 
 # ---- The loop ----
@@ -251,12 +256,12 @@ def train(training, folder, resume=False):
         network = torch.nn.parallel.DistributedDataParallel(network) if RANKS > 1 else network
         arrays = [images]
         if phase == "foreground":  # its background is frozen
-            arrays.append(memorise_backgrounds(model, images))
+            arrays.append(memorise_backgrounds(model, images, folder / "backgrounds.u8"))
         print(f"\nphase {number + 1}, {phase}: steps {start} to {stop}\n{LOG_HEAD}")
         losses, clock = [], time.time()
         model.train()
         for step in range(start, stop):
-            set_learning_rate(optimizer, phase, step, t)
+            lr = set_learning_rate(optimizer, phase, step, t)
             x, *behind = load_batch(arrays, step, batch, t)
             with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU and t.bf16):
                 if alone:
@@ -274,7 +279,8 @@ def train(training, folder, resume=False):
             log, judge, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
             if not (log or judge or save):
                 continue
-            line = dict(phase=phase, step=step + 1, loss=torch.stack(losses).mean().item())
+            loss = torch.stack(losses).mean().item()
+            line = dict(phase=phase, step=step + 1, lr=lr, loss=loss)
             line["images/s"] = len(losses) * batch / (time.time() - clock)
             if RANK == 0:
                 report(model, val if judge and not alone else None, line, state["log"], folder)
@@ -288,19 +294,22 @@ def train(training, folder, resume=False):
                 os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
             losses, clock = [], time.time()
             model.train()
+        if RANK == 0:
+            (folder / "backgrounds.u8").unlink(missing_ok=True)
     if RANK == 0:
         write_results(model, test, state["log"], folder, t.seed, time.time() - started)
     wait()
 
 
-COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s".split()
+COLUMNS = "step lr loss mIoU ARI-FG foreground active clamped alpha_0 images/s".split()
 LOG_HEAD = "".join(f"{name:>11}" for name in COLUMNS)
 
 
 def report(model, validation, line, log, folder):
     """Complete a line of the log, print and write it; stop or warn where nothing learns."""
     failed = f"the loss of {line['phase']} is {line['loss']} by step {line['step']}"
-    require(math.isfinite(line["loss"]), f"{failed}: lower the rate, or --resume {folder}")
+    if not math.isfinite(line["loss"]):
+        raise FloatingPointError(f"{failed}: lower the rate, or --resume {folder}")
     line["alpha_0"] = model.renderer.log_alpha_0.exp().mean().item()
     if validation is not None:
         line |= evaluate(model, validation, 200)
@@ -401,7 +410,8 @@ def write_results(model, data, log, folder, seed, seconds):
     model.save_pretrained(folder / "model")
     metrics = evaluate(model, data)
     facts = dict(images=len(data.images), seconds=round(seconds), seed=seed)
-    (folder / "metrics.json").write_text(json.dumps(metrics | facts, indent=1))
+    results = {name: metrics[name] for name in METRICS if name in metrics} | facts
+    (folder / "metrics.json").write_text(json.dumps(results, indent=1))
     rows, slots = picture_rows(model, data, 10)
     picture_grid(rows, folder / "segmentation.png")
     picture_grid(slots, folder / "slots.png")
@@ -413,6 +423,7 @@ def write_results(model, data, log, folder, seed, seconds):
     for name in ("loss", "mIoU", "ARI-FG"):
         lines = [line for line in log if name in line and line["phase"] != "background"]
         axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+    axes.set_xlabel("step")
     axes.legend()
     axes.figure.savefig(folder / "curves.png")
     print_table([(f"AST-Seg, seed {seed}", metrics)])
@@ -457,7 +468,7 @@ def segment_files(folder, *paths, output=None):
             dict(
                 label=k, position=position[k - 1].tolist(), pixels=(labels == k).sum().item(),
                 glimpse_size=glimpse_size[k - 1].tolist(), activation=activation[k - 1].item(),
-                box=Image.fromarray(labels == k).getbbox(),  # right and bottom are outside
+                box=np.subtract(Image.fromarray(labels == k).getbbox(), (0, 0, 1, 1)).tolist(),
             )
             for k in np.unique(labels[labels > 0]).tolist()
         ]  # fmt: skip
@@ -479,7 +490,9 @@ def evaluate_runs(folders, part="test", **given):
         training = replace(read_settings(folder), **given)
         (data,) = load_data(training, part)
         require(data.labels is not None, f"{training.data} has no label maps: name them by --masks")
-        rows.append((folder.name, evaluate(load_model(folder), data)))
+        metrics = evaluate(load_model(folder), data)
+        (folder / f"evaluation-{training.dataset}-{part}.json").write_text(json.dumps(metrics))
+        rows.append((folder.name, metrics))
     if len(rows) > 1:
         table = {m: [row[m] for _, row in rows] for m in METRICS}
         rows.append(("mean", {m: np.mean(column) for m, column in table.items()}))
@@ -496,7 +509,9 @@ def wait():
 
 
 def read_settings(folder):
-    return Training(**json.loads((folder / "settings.json").read_text()))
+    path = folder / "settings.json"
+    require(path.exists(), f"{path} is missing: there is no run in that folder")
+    return Training(**json.loads(path.read_text()))
 
 
 def boolean(text):
@@ -512,7 +527,7 @@ def parse(arguments):
     )  # fmt: skip
     for name, count in dict(resume=None, evaluate="+", segment="+", output=None).items():
         parser.add_argument(f"--{name}", type=Path, nargs=count)
-    parser.add_argument("--part", choices=("test", "val", "train"))
+    parser.add_argument("--part", choices=("test", "val", "train", "all"))
     parser.add_argument("--preset", choices=("shapes", "small", "paper"))
     for field in fields(Training):
         flag, kind, choices = f"--{field.name}", type(field.default), get_args(field.type) or None
@@ -538,7 +553,9 @@ def main(arguments=None):
     if "evaluate" in given:
         return evaluate_runs(given.pop("evaluate"), **given)
     if "resume" in given:
-        return train(read_settings(given["resume"]), given["resume"], resume=True)
+        folder = given["resume"]
+        require((folder / "checkpoint.pt").exists(), f"{folder} has no checkpoint to resume from")
+        return train(read_settings(folder), folder, resume=True)
     require("part" not in given, "--part is for --evaluate only")
     dataset = given.get("dataset", "shapes")
     folder = given.pop("output", Path("runs", dataset))
@@ -562,7 +579,7 @@ if __name__ == "__main__":
             sys.stdout = open(os.devnull, "w")
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; a run goes on from its last checkpoint by --resume")
