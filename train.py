@@ -279,8 +279,8 @@ def train(training, folder, resume=False):
             log, judge, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
             if not (log or judge or save):
                 continue
-            loss = torch.stack(losses).mean().item()
-            line = dict(phase=phase, step=step + 1, lr=lr, loss=loss)
+            mean = torch.stack(losses).mean().item()
+            line = dict(phase=phase, step=step + 1, lr=lr, loss=mean)
             line["images/s"] = len(losses) * batch / (time.time() - clock)
             if RANK == 0:
                 report(model, val if judge and not alone else None, line, state["log"], folder)
