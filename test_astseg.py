@@ -17,8 +17,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-# The sizes here are tiny: several threads would only wait for each other.
+# The sizes here are tiny: several threads would only wait for each other. The bits are a CPU's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import nbclient
 import nbformat
@@ -939,7 +940,7 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
         ("--part val", "--part is for --evaluate only"),
         ("--dim_transformer 16", "the identity start needs 38"),
         ("--dataset folder --data .", "is inside the data: name another --output"),
-        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 9000 steps"),
+        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 11500 steps"),
         ("--height 40", "shapes are drawn on squares"),
         ("--dataset clevr", "dataset clevr with data '': all but shapes need --data"),
         ("--train_images 3", "3 training images do not fill a batch of 16"),

@@ -93,9 +93,9 @@ SMALL = dict(
     refinement_lr_factor=0.1, alpha_0_lr_factor=0.33, glimpse_lr_factor=3.0, checkpoint_every=500,
 )  # fmt: skip
 SHAPES = SMALL | dict(
-    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=9000,
-    phase2_steps=7400, batch=16, lr=7e-4, warmup=200, decay_at=0.65, entropy_weight=0.02,
-    entropy_warmup=2000, train_images=8000,
+    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=11_500,
+    phase2_steps=9500, batch=16, lr=7e-4, warmup=200, decay_at=0.65, entropy_weight=0.02,
+    entropy_warmup=2000, glimpse_lr_factor=6.0, train_images=8000,
 )  # fmt: skip
 
 
@@ -218,6 +218,8 @@ def build_model(training):
         astseg.start_as_identity(model.encoder.refinement)
     if training.pretrained:
         model.generator.load_backbone(training.pretrained)
+    with torch.no_grad():  # transformers prepares in a first call what torch.compile cannot trace
+        model.eval()(torch.zeros(1, 3, training.height, training.width))
     if GPU and RANKS > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(training.seed + 1000 * RANK)  # processes draw their own dropout
@@ -252,7 +254,8 @@ def train(training, folder, resume=False):
                 torch.set_rng_state(state["random"])
         alone = phase == "background"
         batch, network = (t.background_batch, model.background) if alone else (t.batch, model)
-        network = torch.compile(network) if GPU and t.compile else network
+        if GPU and t.compile:  # a step is short: without CUDA graphs its kernels wait for Python
+            network = torch.compile(network, mode="reduce-overhead" if RANKS == 1 else None)
         network = torch.nn.parallel.DistributedDataParallel(network) if RANKS > 1 else network
         arrays = [images]
         if phase == "foreground":  # its background is frozen
