@@ -796,6 +796,15 @@ def test_which_rate_an_update_uses_and_on_what():
     assert [2e-4] == rates(optimizer, "background", 16)  # the first of the last fifth of 20
 
 
+def test_a_step_is_one_graph_for_the_compiler():
+    model = train.build_model(train.Training(**train.SHAPES | SMALL)).train()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for arguments in ([images, images], [images]):  # phases 2 and 3
+            output = torch.compile(model, backend="eager", fullgraph=True)(*arguments)
+            assert output.weights.shape == (2, 4, 32, 32)
+
+
 def test_memorised_backgrounds_are_those_of_the_autoencoder_at_8_bits(tmp_path):
     model, images = ASTSeg(Config(**SMALL)), astseg.draw_shapes(7, 0, 32).images
     memory = train.memorise_backgrounds(model, images, tmp_path / "backgrounds.u8")
