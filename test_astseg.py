@@ -797,7 +797,7 @@ def test_which_rate_an_update_uses_and_on_what():
 
 
 def test_a_step_is_one_graph_for_the_compiler():
-    model = train.build_model(train.Training(**train.SHAPES | SMALL)).train()
+    model = train.build_model(train.Training(**train.SHAPES | SMALL))
     images = torch.rand(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
         for arguments in ([images, images], [images]):  # phases 2 and 3

@@ -218,12 +218,12 @@ def build_model(training):
         astseg.start_as_identity(model.encoder.refinement)
     if training.pretrained:
         model.generator.load_backbone(training.pretrained)
-    with torch.no_grad():  # transformers prepares in a first call what torch.compile cannot trace
-        model.eval()(torch.zeros(1, 3, training.height, training.width))
+    # In a first call transformers installs hooks, which torch.compile could not trace.
+    model.eval().segment(torch.zeros(1, 3, training.height, training.width))
     if GPU and RANKS > 1:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     torch.manual_seed(training.seed + 1000 * RANK)  # processes draw their own dropout
-    return model.to(DEVICE)
+    return model.train().to(DEVICE)
 
 
 def train(training, folder, resume=False):
