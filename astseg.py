@@ -21,7 +21,7 @@ which pixels are its own. One batch, from images to loss:
     >>> output = model(torch.rand(2, 3, 64, 64))           # RGB in [0, 1] -> Output
     >>> labels = model.segment(torch.rand(2, 3, 64, 64))   # (2, 64, 64), 0 is the background
 
-To change the generator edit ASTSeg.__init__, the losses full_loss, the data load_dataset.
+To change the generator edit ASTSeg.__init__, the losses full_loss, the data DATASETS.
 
     section 2, (1) (4) (10)   translate, center_of_mass, spatial_softmax, soft_argmax
     section 4.1, Table 8      SegformerGenerator, UNetGenerator
@@ -39,7 +39,7 @@ paper's d_Phi), Z width of z_what; Phi is `features`. Positions are (x, y), tens
 the paper's (i, j) is [j, i]. Label 0 is the background, label k slot k. "# open:" marks what the
 paper leaves open or we do otherwise (see the README). (12)(13) put +-1 on the centres of the
 outermost cells of the feature map, the spatial transformer on the edges of the image: a gap of
-x / 2 cells at x (2 x pixels with the Segformer) that only the refinement can close.
+x / 2 cells at x (2 x pixels with the Segformer) that has to be learned.
 """
 
 from dataclasses import dataclass, fields
@@ -117,8 +117,8 @@ class SegformerGenerator(nn.Module):
             )
             require(not report["missing_keys"], "weights are missing")
         except Exception as error:  # the hub, JSON, safetensors and sizes each have their own
-            widths = self.segformer.config.hidden_sizes
-            raise OSError(f"{source!r} has no Segformer backbone of widths {widths}") from error
+            seen = f"has no Segformer backbone of widths {self.segformer.config.hidden_sizes}"
+            raise OSError(f"{source!r} {seen}, or is out of reach") from error
 
     def forward(self, images):
         # open: images enter in [0, 1], without ImageNet's mean and deviation
@@ -237,7 +237,7 @@ class Encoder(nn.Module):
         """Name the columns of (B, K, D + 2) and bring each into its range."""
         position, scale, activation, z_what = slots.split(self.columns, dim=-1)
         scale = self.s_min + (self.s_max - self.s_min) * scale.sigmoid()
-        scale = scale.expand(*scale.shape[:-1], 2)  # isotropic: one number serves both axes
+        scale = scale.expand_as(position)  # isotropic: one number serves both axes
         return Latents(position.clamp(-1, 1), scale, activation.squeeze(-1).exp(), z_what)
 
 
@@ -513,14 +513,14 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     def check_images(self, images):
         """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
         wanted, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
-        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
-            raise ValueError(f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
-        if images.dtype != dtype:
-            raise ValueError(f"images are {images.dtype}, the model {dtype}; bytes want / 255")
+        fits = images.ndim == 4 and images.shape[1:] == wanted and len(images) > 0
+        require(fits, f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
+        seen = f"images are {images.dtype}, the model {dtype}"
+        require(images.dtype == dtype, f"{seen}; bytes want / 255")
         if not (self.training or torch.compiler.is_compiling()):
             low, high = images.aminmax()
-            if not (low > -1e-3 and high < 1 + 1e-3):  # resampling rounds a little beyond
-                raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+            fits = low > -1e-3 and high < 1 + 1e-3  # resampling rounds a little beyond
+            require(fits, f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
 
 
 # ---- Section 4.2: losses and schedules ----

@@ -8,6 +8,7 @@
     torchrun --nproc_per_node N train.py ...          the same on several GPUs
 
 A run folder gets model/, checkpoint.pt, settings.json, log.jsonl, metrics.json and pictures.
+The defaults of --help are the paper's; the presets shapes (without flags) and small replace some.
 """
 
 import argparse
@@ -66,7 +67,7 @@ class Training(Config):
     pretrained: str = ""  # backbone, a hub name or a folder; the paper's is nvidia/mit-b3
     flip: bool = False  # mirror training images at random; not in the paper
     train_images: int = 10_000  # shapes that are drawn for training
-    bf16: bool = True  # on a GPU
+    bf16: bool = True  # open: mixed precision, on a GPU
     compile: bool = True  # on a GPU
     seed: int = 0
     log_every: int = 100
@@ -81,6 +82,8 @@ class Training(Config):
         require(self.phase2_steps <= self.steps, part)
         fits = (self.dataset == "shapes") == (not self.data)
         require(fits, f"dataset {self.dataset} with data {self.data!r}: all but shapes need --data")
+        fits = not self.masks or self.dataset == "folder"
+        require(fits, f"--masks belong to the images of a folder, not to {self.dataset}")
 
 
 # Two CPU cores: small sizes and short schedules, every component (the README says why).
@@ -190,7 +193,7 @@ def make_optimizer(model, phase, training):
         (model.renderer.glimpse_generator.parameters(), training.glimpse_lr_factor),
         ([model.renderer.log_alpha_0], training.alpha_0_lr_factor),
     ]
-    groups = [dict(params=[*parameters], factor=factor) for parameters, factor in factors]
+    groups = [dict(params=parameters, factor=factor) for parameters, factor in factors]
     # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
@@ -322,7 +325,7 @@ def report(model, validation, line, log, folder):
         picture_grid(rows, folder / "training" / f"{line['step']:06d}.png")
     log.append(line)
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    cells = (f"{line[name]:.4g}" if name in line else "" for name in COLUMNS)
+    cells = (f"{line[n]:{'' if n == 'step' else '.4g'}}" if n in line else "" for n in COLUMNS)
     print("".join(f"{cell:>11}" for cell in cells), flush=True)
     if line.get("foreground", 1) < 0.005:
         print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
