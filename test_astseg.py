@@ -981,7 +981,7 @@ def test_a_refusal_is_one_line_and_a_run_is_not_overwritten(whole_run):
 def test_a_short_training_lowers_the_loss_and_wakes_the_foreground(tmp_path):
     train.main(
         ["--output", str(tmp_path), *"--height 32 --width 32 --train_images 600 --warmup 40 "
-         "--background_steps 300 --steps 500 --phase2_steps 450 --decay_at 1 --log_every 50 "
+         "--background_steps 300 --steps 700 --phase2_steps 650 --decay_at 1 --log_every 50 "
          "--glimpse_lr_factor 3".split()]
     )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
