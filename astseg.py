@@ -513,14 +513,14 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     def check_images(self, images):
         """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
         wanted, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
-        fits = images.ndim == 4 and images.shape[1:] == wanted and len(images) > 0
-        require(fits, f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
-        seen = f"images are {images.dtype}, the model {dtype}"
-        require(images.dtype == dtype, f"{seen}; bytes want / 255")
+        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
+            raise ValueError(f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
+        if images.dtype != dtype:
+            raise ValueError(f"images are {images.dtype}, the model {dtype}; bytes want / 255")
         if not (self.training or torch.compiler.is_compiling()):
             low, high = images.aminmax()
-            fits = low > -1e-3 and high < 1 + 1e-3  # resampling rounds a little beyond
-            require(fits, f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+            if not (low > -1e-3 and high < 1 + 1e-3):  # resampling rounds a little beyond
+                raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -957,6 +957,8 @@ def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
 
     The first call decodes it, every call prints what was taken. slots is K, to warn of soft edges.
     """
+    fits = not masks or dataset == "folder"
+    require(fits, f"--masks belong to the images of a folder, not to {dataset}")
     data, masks = (Path(os.path.abspath(path)) if path else None for path in (data, masks))
     key = zlib.crc32(os.fsencode(f"{data}:{masks}"))
     path = Path(cache, f"{dataset}-{height}x{width}-{key:08x}.pt")

@@ -469,6 +469,8 @@ def test_a_known_background_replaces_the_autoencoder():
     model = ASTSeg(Config(**SMALL)).eval()
     images, background = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     assert torch.equal(model(images, background).background, background)
+    model.background = None
+    model(images, background)
 
 
 @pytest.mark.parametrize(
@@ -872,8 +874,9 @@ def test_two_processes_train_as_one(tmp_path):
         ("--generator unet", lambda t, m: hasattr(m.generator, "up")),
         ("--entropy_weight 0", lambda t, m: t.entropy_weight == 0),
         ("--scenario BT", lambda t, m: len(train.curriculum(t)) == 1),
-        ("--transformer false", lambda t, m: not parameters(m.encoder)),
+        ("--anisotropic true --anisotropic false", lambda t, m: m.encoder.columns == [2, 1, 1, 32]),
         ("--anisotropic true", lambda t, m: m.encoder.columns == [2, 2, 1, 32]),
+        ("--anisotropic true --no_anisotropic", lambda t, m: m.encoder.columns == [2, 1, 1, 32]),
         ("--flip", lambda t, m: t.flip),
     ],
 )

@@ -82,8 +82,6 @@ class Training(Config):
         require(self.phase2_steps <= self.steps, part)
         fits = (self.dataset == "shapes") == (not self.data)
         require(fits, f"dataset {self.dataset} with data {self.data!r}: all but shapes need --data")
-        fits = not self.masks or self.dataset == "folder"
-        require(fits, f"--masks belong to the images of a folder, not to {self.dataset}")
 
 
 # Two CPU cores: small sizes and short schedules, every component (the README says why).
