@@ -1,8 +1,11 @@
 """AST-Seg in one file: Unsupervised Multi-object Segmentation Using Attention and Soft-argmax.
 
-Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271; [38] is their AE-NE, arXiv 2112.08001.
-From unlabelled images alone the model finds each object, says where it is, what it looks like and
-which pixels are its own. One batch, from images to loss:
+Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271. [38] is their earlier paper on
+backgrounds, arXiv 2112.08001. From unlabelled images alone the model finds each object, says
+where it is, what it looks like and which pixels are its own.
+
+Letters: B batch, K slots, H W image, h w feature map, C channels, G side of a glimpse, D width of a
+slot's features (the paper's d_Phi), Z width of z_what. One batch, from images to loss:
 
     images (B, 3, H, W)
      |-- generator ------------------> K logit maps (B, K, h, w), features Phi (B, D, h, w)
@@ -21,30 +24,30 @@ which pixels are its own. One batch, from images to loss:
     >>> output = model(torch.rand(2, 3, 64, 64))           # RGB in [0, 1] -> Output
     >>> labels = model.segment(torch.rand(2, 3, 64, 64))   # (2, 64, 64), 0 is the background
 
-To change the generator edit ASTSeg.__init__, the losses full_loss, the data DATASETS.
-
     section 2, (1) (4) (10)   translate, center_of_mass, spatial_softmax, soft_argmax
-    section 4.1, Table 8      SegformerGenerator, UNetGenerator
+    section 4.1               SegformerGenerator
     Algorithm 1, (11)-(16)    normalized_coordinates, Refinement, Encoder
     Algorithm 2, Table 7      GlimpseGenerator, spatial_transformer
     Algorithm 2, (17)-(18)    occlusion_weights, compose, Renderer
     section 4.1, [38]         BackgroundAutoencoder
     Table 6, Figure 1         Config, ASTSeg
     section 4.2, (19)-(21)    reconstruction_loss, pixel_entropy_loss
-    section 4.2, (22), [38]   full_loss, robust_background_loss
-    section 5.1               learning_rate, mean_iou, adjusted_rand_index, segmentation_covering
+    section 4.2, (22)         quadratic_warmup, full_loss, learning_rate
+    section 4.1, [38]         robust_background_loss
+    section 5.1               mean_iou, adjusted_rand_index, segmentation_covering
+    Table 8                   UNetGenerator
 
-B batch, K slots, H W image, h w feature map, G side of a glimpse, D width of a slot's features (the
-paper's d_Phi), Z width of z_what; Phi is `features`. Positions are (x, y), tensors [row, column]:
-the paper's (i, j) is [j, i]. Label 0 is the background, label k slot k. "# open:" marks what the
-paper leaves open or we do otherwise (see the README). (12)(13) put +-1 on the centres of the
-outermost cells of the feature map, the spatial transformer on the edges of the image: a gap of
-x / 2 cells at x (2 x pixels with the Segformer) that has to be learned.
+Conventions: colours, masks and attention lie in [0, 1]. Positions are (x, y), tensors are indexed
+[row, column], so that the paper's (i, j) is [j, i]. Label 0 is the background, label k is slot k.
+"# open:" marks a choice that the paper leaves open, "# differs:" what we do otherwise than it does;
+the reason stands at the line. A fork adds a generator to GENERATORS, a term to full_loss, a data
+set to DATASETS.
 """
 
+import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Callable, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +56,27 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
+
+def require(holds, sentence):
+    """Raise ValueError with the sentence unless the condition holds."""
+    if not holds:
+        raise ValueError(sentence)
+
+
+def cause(error):
+    """What an error of another library says, in one line of at most 300 characters."""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words}"[:300]
+
+
 # ---- Section 2: attention maps and soft-argmax for localisation ----
 
 
 def translate(phi, u, v):
     """Shift maps (..., H, W) by u columns and v rows; what leaves the window is lost."""
     height, width = phi.shape[-2:]
-    u, v = max(-width, min(u, width)), max(-height, min(v, height))
+    u = max(-width, min(u, width))
+    v = max(-height, min(v, height))
     return F.pad(phi, (u, -u, v, -v))  # eq. (1); a negative padding crops
 
 
@@ -70,7 +87,8 @@ def center_of_mass(attention, x=None, y=None):
     -> (..., 2), the pair (x, y) in the same units.
     """
     if x is None:
-        y, x = (torch.arange(side, device=attention.device) for side in attention.shape[-2:])
+        x = torch.arange(attention.shape[-1], device=attention.device)
+        y = torch.arange(attention.shape[-2], device=attention.device)
     center_x = (attention.sum(-2) * x).sum(-1)  # eqs. (4), (14)
     center_y = (attention.sum(-1) * y).sum(-1)  # eqs. (4), (15)
     return torch.stack((center_x, center_y), dim=-1)
@@ -87,7 +105,7 @@ def soft_argmax(logits, x=None, y=None):
     return center_of_mass(spatial_softmax(logits), x, y)  # eq. (10)
 
 
-# ---- Section 4.1: feature map generators, (B, 3, H, W) -> (B, K + D, h, w) ----
+# ---- Section 4.1: the feature map generator, (B, 3, H, W) -> (B, K + D, h, w) ----
 
 # Mix Transformers: blocks per stage, widths, attention heads, width of the MLP decoder.
 MIT_SIZES = {
@@ -103,82 +121,43 @@ class SegformerGenerator(nn.Module):
     def __init__(self, channels, size="b3", dropout=0.1):
         super().__init__()
         depths, widths, heads, decoder = MIT_SIZES[size]
-        self.segformer = SegformerForSemanticSegmentation(SegformerConfig(
+        config = SegformerConfig(
             depths=depths, hidden_sizes=widths, num_attention_heads=heads,
             decoder_hidden_size=decoder, drop_path_rate=dropout, classifier_dropout_prob=dropout,
-            num_labels=channels,  # open: one head makes attention logits and features
-        ))  # fmt: skip
+            num_labels=channels,  # open: one head makes both attention logits and features
+        )  # fmt: skip
+        self.segformer = SegformerForSemanticSegmentation(config)
 
     def load_backbone(self, source):
         """Take the backbone of a hub model (nvidia/mit-b3) or a local folder. Raises OSError."""
+        config = self.segformer.config
         try:
-            self.segformer.segformer, report = SegformerModel.from_pretrained(
-                source, config=self.segformer.config, output_loading_info=True
-            )
-            require(not report["missing_keys"], "weights are missing")
+            options = dict(config=config, dtype=torch.float32, output_loading_info=True)
+            backbone, report = SegformerModel.from_pretrained(source, **options)
+            require(not report["missing_keys"], f"missing are {report['missing_keys']}")
         except Exception as error:  # the hub, JSON, safetensors and sizes each have their own
-            seen = f"has no Segformer backbone of widths {self.segformer.config.hidden_sizes}"
-            raise OSError(f"{source!r} {seen}, or is out of reach") from error
+            wanted = f"a Segformer backbone of widths {config.hidden_sizes}"
+            raise OSError(f"{wanted} was not found in {source!r} ({cause(error)})") from error
+        self.segformer.segformer = backbone
 
     def forward(self, images):
         # open: images enter in [0, 1], without ImageNet's mean and deviation
         return self.segformer(images).logits  # (B, channels, h, w)
 
 
-def conv_block(c_in, c_out, kernel=3, stride=1):
-    """A convolution, batch norm and CELU (section 7.3)."""
-    convolution = nn.Conv2d(c_in, c_out, kernel, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.CELU())
-
-
-class Residual(nn.Sequential):
-    """x + layers(x): (B, C, h, w) -> (B, C, h, w)."""
-
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-class UNetGenerator(nn.Module):
-    """The U-Net of the ablation study (Table 8): images (B, 3, H, W) -> (B, channels, H, W).
-
-    channels is K + D, where Table 8 prints d_Phi; factor scales the hidden channels.
-    """
-
-    def __init__(self, channels, height=128, width=128, factor=1.0):
-        super().__init__()
-        c = [max(8, round(c * factor)) for c in (80, 128, 192, 256, 256, 256)]
-        self.first, self.center = conv_block(3, c[0]), conv_block(c[5], c[5])
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for c_in, c_out in zip(c, c[1:]):
-            residual = Residual(conv_block(c_out, c_out))
-            self.down.append(nn.Sequential(conv_block(c_in, c_out, 4, 2), residual))
-        for level in (4, 3, 2, 1, 0):
-            both = 2 * c[level + 1]  # what comes from below, and the skip
-            odd = (height >> level) % 2, (width >> level) % 2  # open: odd sizes are padded
-            up = nn.ConvTranspose2d(both, c[level], 4, 2, 1, odd, bias=False)
-            residual, norm = Residual(conv_block(both, both)), nn.BatchNorm2d(c[level])
-            self.up.append(nn.Sequential(residual, up, norm, nn.CELU()))
-        # open: no convolution has a bias, and the last two neither norm nor CELU
-        residual = Residual(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
-        head = nn.Conv2d(channels, channels, 1, bias=False)
-        self.last = nn.Sequential(conv_block(2 * c[0], channels), residual, head)
-
-    def forward(self, images):
-        skips = [self.first(images)]  # (B, 80, H, W)
-        for down in self.down:
-            skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32)
-        x = self.center(skips[-1])  # (B, 256, H/32, W/32)
-        for up in self.up:
-            x = up(torch.cat((x, skips.pop()), dim=1))  # (B, 256, H/16, W/16) ... (B, 80, H, W)
-        return self.last(torch.cat((x, skips.pop()), dim=1))  # (B, channels, H, W)
-
-
 # ---- Algorithm 1: from feature maps to the latents of each slot ----
 
 
 def normalized_coordinates(height, width, device=None):
-    """x (w,) of the columns and y (h,) of the rows in [-1, 1]; a single cell is at 0."""
-    i, j = torch.arange(width, device=device), torch.arange(height, device=device)  # from 0
+    """x (w,) of the columns and y (h,) of the rows in [-1, 1]; a single cell is at 0.
+
+    Here +-1 are the centres of the outermost cells; for the spatial transformer below they are the
+    edges of the image. At x = 1 that is a gap of half a cell, or 2 pixels with the Segformer, and
+    in proportion elsewhere. The refinement can learn to close it.
+    """
+    i = torch.arange(width, device=device)  # from 0, where the paper counts from 1
+    j = torch.arange(height, device=device)
+    # As printed, x = 2 i / (w - 1) - 1; over one denominator a single cell comes out at 0.
     x = (2 * i - (width - 1)) / max(1, width - 1)  # eq. (12)
     y = (2 * j - (height - 1)) / max(1, height - 1)  # eq. (13)
     return x, y
@@ -208,6 +187,33 @@ class Refinement(nn.Module):
         return self.projection(self.transformer(self.embedding(slots)))  # (B, K, D + 2)
 
 
+@torch.no_grad()
+def start_as_identity(refinement):
+    """Let a Refinement begin as the identity, since its stock start takes thousands of steps.
+
+    First, the last linear map of each attention and each MLP is zero, so that a layer adds nothing
+    and only its norms remain. Second, the embedding adds a bias of 1, -1, 1, ..., beside which a
+    slot is small: dividing by the deviation, which a norm does, then changes next to nothing.
+    Third, the embedding's columns are orthonormal and orthogonal to that bias and to the mean that
+    a norm removes, so that the transposed embedding reads the slot back.
+    """
+    # differs: the paper keeps PyTorch's start; at its 125 000 steps there is time for it
+    width, dim = refinement.embedding.weight.shape
+    require(width > dim + 1, f"dim_transformer is {width}: the identity start needs {dim + 2}")
+    for layer in refinement.transformer.layers:
+        for last in (layer.self_attn.out_proj, layer.linear2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+    mean = torch.ones(width)
+    bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
+    frame = torch.column_stack((mean, bias, torch.randn(width, dim)))
+    basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, dim)
+    refinement.embedding.weight.copy_(basis)
+    refinement.embedding.bias.copy_(bias)
+    refinement.projection.weight.copy_(basis.T)
+    nn.init.zeros_(refinement.projection.bias)
+
+
 class Encoder(nn.Module):
     """Algorithm 1: feature maps -> latents, attention maps and their soft-argmax.
 
@@ -217,9 +223,11 @@ class Encoder(nn.Module):
 
     def __init__(self, slots, dim_scale, dim_z_what, s_min=1.3, s_max=24.0, refinement=None):
         super().__init__()
-        self.slots, self.s_min, self.s_max = slots, s_min, s_max
+        self.slots = slots
+        self.s_min = s_min
+        self.s_max = s_max
         self.refinement = refinement or nn.Identity()
-        self.columns = [2, dim_scale, 1, dim_z_what]  # open: channel order x y, s, alpha, z_what
+        self.split_sizes = [2, dim_scale, 1, dim_z_what]  # open: order (x, y), s, alpha, z_what
 
     def forward(self, feature_maps):
         """(B, K + D, h, w), K logit maps and then Phi -> Latents, (B, K, h, w), (B, K, 2)."""
@@ -228,17 +236,21 @@ class Encoder(nn.Module):
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
         position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
-        # One matrix product per image, (B, K, hw) times (B, hw, D).
+        # One matrix product per image, (B, K, h w) times (B, h w, D).
         pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
-        slots = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
-        return self.latents(slots), attention, position
+        columns = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
+        return self.name_columns(columns), attention, position
 
-    def latents(self, slots):
-        """Name the columns of (B, K, D + 2) and bring each into its range."""
-        position, scale, activation, z_what = slots.split(self.columns, dim=-1)
-        scale = self.s_min + (self.s_max - self.s_min) * scale.sigmoid()
-        scale = scale.expand_as(position)  # isotropic: one number serves both axes
-        return Latents(position.clamp(-1, 1), scale, activation.squeeze(-1).exp(), z_what)
+    def name_columns(self, columns):
+        """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
+        position, scale, activation, z_what = columns.split(self.split_sizes, dim=-1)
+        # The clamp has no gradient outside: a position that is driven there by too high a
+        # learning rate stays there. The column "clamped" of the log counts such positions.
+        position = position.clamp(-1, 1)  # (B, K, 2)
+        scale = self.s_min + (self.s_max - self.s_min) * scale.sigmoid()  # (B, K, 1 or 2)
+        scale = scale.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
+        activation = activation.squeeze(-1).exp()  # (B, K)
+        return Latents(position, scale, activation, z_what)
 
 
 # ---- Algorithm 2: from latents to layers and their weights ----
@@ -249,14 +261,15 @@ class GlimpseGenerator(nn.Module):
 
     def __init__(self, dim_z_what=32, size=64):
         super().__init__()
-        layers, c_in, c_out = [], dim_z_what, 2 * size
-        while c_out >= 8:  # 2 G, G, ... 8 channels; the first layer makes 2 x 2 pixels of one
-            shape = (4, 2, 1) if layers else (2, 1, 0)  # kernel, stride, padding
-            # open: no bias but in the last layer
-            up = nn.ConvTranspose2d(c_in, c_out, *shape, bias=False)
-            layers += [up, nn.GroupNorm(max(1, c_out // 16), c_out), nn.CELU()]
-            c_in, c_out = c_out, c_out // 2
-        self.layers = nn.Sequential(*layers, nn.ConvTranspose2d(c_in, 4, 4, 2, 1), nn.Sigmoid())
+        # Table 7 prints stride 2 for the first layer, which does nothing on a single pixel.
+        channels = 2 * size
+        layers = [nn.ConvTranspose2d(dim_z_what, channels, 2, bias=False)]  # 1 x 1 -> 2 x 2
+        while channels > 4:  # 2 G, G, ..., 8, 4; each layer doubles the side
+            bias = channels == 8  # open: the last layer alone has one
+            layers += [nn.GroupNorm(max(1, channels // 16), channels), nn.CELU()]
+            layers += [nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=bias)]
+            channels //= 2
+        self.layers = nn.Sequential(*layers, nn.Sigmoid())
 
     def forward(self, z_what):
         return self.layers(z_what[:, :, None, None])  # (N, Z, 1, 1) -> (N, 4, G, G)
@@ -267,14 +280,15 @@ def spatial_transformer(glimpses, position, scale, height, width):
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
     """
-    # The point p of the image shows the glimpse at s (p - position).
+    # The pixel p of the image shows the glimpse at s (p - position). There is no rotation, so that
+    # each axis can be computed by itself; F.affine_grid would multiply by a matrix half of zeros.
     # open: bilinear, zero outside the glimpse, +-1 at the outer edges (align_corners=False)
     columns = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (width,)
     rows = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (height,)
-    u = (scale[:, :1] * (columns - position[:, :1]))[:, None]  # (N, 1, width)
-    v = (scale[:, 1:] * (rows - position[:, 1:]))[..., None]  # (N, height, 1)
-    grid = torch.stack(torch.broadcast_tensors(u, v), dim=-1)  # (N, height, width, 2)
-    return F.grid_sample(glimpses, grid, align_corners=False)
+    u = scale[:, :1] * (columns - position[:, :1])  # (N, width)
+    v = scale[:, 1:] * (rows - position[:, 1:])  # (N, height)
+    u, v = torch.broadcast_tensors(u[:, None, :], v[:, :, None])  # (N, height, width) each
+    return F.grid_sample(glimpses, torch.stack((u, v), dim=-1), align_corners=False)
 
 
 def occlusion_weights(activation, masks, alpha_0):
@@ -303,20 +317,21 @@ class Renderer(nn.Module):
         self.glimpse_generator = GlimpseGenerator(dim_z_what, glimpse)
         # A large alpha_0 hides all objects at first, and they grow only where they help. With a
         # small one the first random glimpses hurt, and all slots die.
-        # open: the logarithm of alpha_0 is learned, one number or one per pixel
-        shape = self.size if per_pixel else ()
-        self.log_alpha_0 = nn.Parameter(torch.full(shape, float(log_alpha_0)))
+        # open: the logarithm of alpha_0 is learned and, for alpha_0(i, j), a map that is added
+        self.log_alpha_0 = nn.Parameter(torch.tensor(float(log_alpha_0)))
+        self.log_alpha_0_map = nn.Parameter(torch.zeros(self.size), requires_grad=per_pixel)
 
     def forward(self, latents):
         """-> (B, K + 1, H, W), (B, K, 3, H, W), (B, K, H, W), (B, K, 4, G, G)."""
-        batch = latents.activation.shape  # (B, K), for a while one dimension
+        slots = latents.activation.shape[1]  # K
         position, scale, _, z_what = (x.flatten(0, 1) for x in latents)  # (B K, 2 or Z)
         glimpses = self.glimpse_generator(z_what)  # (B K, 4, G, G)
         moved = spatial_transformer(glimpses, position, scale, *self.size)  # (B K, 4, H, W)
-        layers, masks = moved.unflatten(0, batch).split([3, 1], dim=2)  # (B, K, 3 or 1, H, W)
+        layers, masks = moved.unflatten(0, (-1, slots)).split([3, 1], dim=2)  # (B, K, 3 or 1, H, W)
         masks = masks.squeeze(2)  # (B, K, H, W)
-        weights = occlusion_weights(latents.activation, masks, self.log_alpha_0.exp())
-        return weights, layers, masks, glimpses.unflatten(0, batch)
+        alpha_0 = (self.log_alpha_0 + self.log_alpha_0_map).exp()  # (H, W)
+        weights = occlusion_weights(latents.activation, masks, alpha_0)
+        return weights, layers, masks, glimpses.unflatten(0, (-1, slots))
 
 
 # ---- Section 4.1: background model, the autoencoder of [38] ----
@@ -333,20 +348,31 @@ BACKGROUND_CHANNELS = {
 }
 
 
-def background_blocks(height, width):
-    """The convolutions that bring an image to 1 x 1 (the schedule of [38]).
+def shrink_side(side):
+    """One step of the schedule of [38] -> (kernel, stride, padding, remainder), the next side.
 
-    A list of (kernel, stride, padding, output padding of the mirrored one), each (rows, columns).
+    The remainder is what the stride leaves over; the mirrored convolution adds it again.
     """
-    sides, blocks = (height, width), []
-    while max(sides) > 1:
-        # open: each axis has its own kernels
-        axes = [(5, 2, 2) if s > 5 else (4, 2, 1) if s > 3 else (s, 1, 0) for s in sides]
-        kernel, stride, padding = zip(*axes)
-        room = [s + 2 * p - k for s, k, p in zip(sides, kernel, padding)]
-        more, remainder = zip(*map(divmod, room, stride))
-        blocks.append((kernel, stride, padding, remainder))
-        sides = [n + 1 for n in more]
+    if side > 5:
+        kernel, stride, padding = 5, 2, 2
+    elif side > 3:
+        kernel, stride, padding = 4, 2, 1
+    else:
+        kernel, stride, padding = side, 1, 0
+    steps, remainder = divmod(side + 2 * padding - kernel, stride)
+    return (kernel, stride, padding, remainder), steps + 1
+
+
+def background_blocks(height, width):
+    """The convolutions that bring an image to 1 x 1.
+
+    A list of (kernel, stride, padding, remainder), each a pair (of the rows, of the columns).
+    """
+    blocks = []
+    while max(height, width) > 1:
+        rows, height = shrink_side(height)  # open: each axis has its own kernels
+        columns, width = shrink_side(width)
+        blocks.append(tuple(zip(rows, columns)))
     return blocks
 
 
@@ -355,14 +381,15 @@ class CoordConv(nn.Module):
 
     def __init__(self, convolution, norm=True):
         super().__init__()
-        self.convolution, channels = convolution, convolution.out_channels
+        channels = convolution.out_channels
+        self.convolution = convolution
         self.norm = nn.GroupNorm(max(1, channels // 16), channels) if norm else None
 
     def forward(self, x):
-        # From -0.5 to 0.5, a single row or column at 1.
+        # Rows and columns from -0.5 to 0.5, a single one at 1.
         axes = [torch.linspace(-0.5 if n > 1 else 1, 0.5, n, device=x.device) for n in x.shape[2:]]
-        where = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x)  # (2, h, w)
-        x = torch.cat((x, where.expand(len(x), -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
+        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x)  # (2, h, w)
+        x = torch.cat((x, rows_columns.expand(x.shape[0], -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
         x = self.convolution(x)  # (B, C', h', w')
         return x if self.norm is None else F.celu(self.norm(x))
 
@@ -371,13 +398,15 @@ class BackgroundAutoencoder(nn.Module):
     """Background of an image, through 16 latents that have no room for objects ([38]).
 
     images (B, 3, H, W), the longer side 25..192 -> background (B, 3, H, W) and a prediction
-    (B, H, W) of its error, all in [0, 1]. factor scales the hidden channels.
+    (B, H, W) of its error, all in [0, 1]. [38] finds objects where the true error is larger than
+    the predicted one. Here the prediction is only learned along with the background, as the
+    authors do; nothing reads it afterwards. factor scales the hidden channels.
     """
 
     def __init__(self, height, width, kind="complex", factor=1.0):
         super().__init__()
         blocks = background_blocks(height, width)
-        down, up = map(list, BACKGROUND_CHANNELS[kind, len(blocks)])
+        down, up = (list(channels) for channels in BACKGROUND_CHANNELS[kind, len(blocks)])
         for channels in (down, up):  # in multiples of a norm's group, 16
             channels[1:-1] = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
         encoder, decoder = [], []
@@ -386,7 +415,8 @@ class BackgroundAutoencoder(nn.Module):
             back = nn.ConvTranspose2d(up[level + 1] + 2, up[level], *shape, remainder, bias=False)
             encoder.append(CoordConv(conv))
             decoder.insert(0, CoordConv(back, norm=level > 0))
-        self.encoder, self.decoder = nn.Sequential(*encoder), nn.Sequential(*decoder)
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*decoder)
 
     def forward(self, images):
         # open: images enter the autoencoder in [0, 1], not in the authors' 0..255
@@ -397,48 +427,49 @@ class BackgroundAutoencoder(nn.Module):
 
 # ---- Table 6 and Figure 1: the whole model ----
 
-
-def require(holds, sentence):
-    """Raise ValueError with the sentence unless the condition holds."""
-    if not holds:
-        raise ValueError(sentence)
+Number = TypeVar("Number", int, float)
+OrZero = Annotated[Number, "or zero"]  # a setting that may be 0; the other numbers are positive
 
 
 @dataclass(frozen=True)
 class Config:
     """The architecture, by default the paper's for CLEVRTEX (Table 6)."""
 
-    height: int = 128  # H, 32..192 pixels
-    width: int = 128  # W
+    height: int = 128  # height H of the images, 32..192 pixels
+    width: int = 128  # width W of the images, 32..192 pixels
     slots: int = 10  # K, the most objects in a scene
     anisotropic: bool = True  # scale width and height of a glimpse apart
-    generator: Literal["segformer", "unet"] = "segformer"  # of the feature maps
+    generator: str = "segformer"  # of the feature maps: segformer or unet
     backbone: Literal["tiny", "b0", "b3"] = "b3"  # size of the Segformer
     unet_width: float = 1.0  # factor on the U-Net's channels
     transformer: bool = True  # refine the slots with a transformer encoder
-    dim_transformer: int = 256  # d_T, its width
-    transformer_heads: int = 8  # attention heads of a layer
-    dim_feedforward: int = 512  # hidden width of a layer's MLP
-    transformer_layers: int = 6  # number of layers
-    dropout: float = 0.1  # and drop-path rate, of Segformer and transformer
+    dim_transformer: int = 256  # d_T, width of the transformer
+    transformer_heads: int = 8  # attention heads of a transformer layer
+    dim_feedforward: int = 512  # hidden width of a transformer layer's MLP
+    transformer_layers: int = 6  # number of transformer layers
+    dropout: OrZero[float] = 0.1  # of Segformer and transformer, and the Segformer's drop-path
     dim_z_what: int = 32  # Z, width of the appearance vector
-    scale_min: float = 1.3  # s_min, bounds of the inverse scaling factor
-    scale_max: float = 24.0  # s_max
-    log_alpha_0: float = 11.0  # of the background, at the start
-    alpha_0_per_pixel: bool = False  # learn an alpha_0 per pixel, for fixed cameras
-    background_kind: Literal["simple", "complex"] = "complex"  # fixed or varying
-    background_width: float = 1.0  # factor on its channels
-
-    zero = ("dropout",)  # settings that may be 0
+    scale_min: float = 1.3  # s_min, the least inverse scaling factor of a glimpse
+    scale_max: float = 24.0  # s_max, the largest inverse scaling factor of a glimpse
+    log_alpha_0: float = 11.0  # logarithm of the background's activation at the start
+    alpha_0_per_pixel: bool = False  # learn an activation per pixel, for fixed cameras
+    background_kind: Literal["simple", "complex"] = "complex"  # fixed or varying backgrounds
+    background_width: float = 1.0  # factor on the background autoencoder's channels
 
     def __post_init__(self):
         for field in fields(self):
-            name, value, choices = field.name, getattr(self, field.name), get_args(field.type)
-            if choices:
+            name, value = field.name, getattr(self, field.name)
+            kind, *may_be_zero = get_args(field.type) or [field.type]
+            if isinstance(kind, str):  # Literal
+                choices = get_args(field.type)
                 require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
-            elif field.type in (int, float) and name != "log_alpha_0":
-                good = value > 0 or (value == 0 and name in self.zero)
-                require(good, f"{name} is {value}: use a positive number")
+            elif kind in (int, float) and name != "log_alpha_0":
+                good = 0 < value < math.inf or (may_be_zero and value == 0)
+                wanted = "a positive number or 0" if may_be_zero else "a positive number"
+                require(good, f"{name} is {value}: use {wanted}")
+        known = ", ".join(GENERATORS)
+        fits = self.generator in GENERATORS
+        require(fits, f"generator is {self.generator!r}: use one of {known}")
         sides, heads, dim = (self.height, self.width), self.transformer_heads, self.dim_transformer
         low, high = self.scale_min, self.scale_max
         require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
@@ -446,15 +477,6 @@ class Config:
         require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
         require(dim % heads == 0, f"{heads} heads do not divide dim_transformer {dim}")
         require(low < high, f"scale_min is {low} and scale_max {high}: the first must be smaller")
-
-
-# What the paper sets for each of its data sets (section 5.1), where Config's default differs.
-PAPER_SETTINGS = {
-    "clevrtex": dict(),  # Config's own defaults
-    "clevr": dict(anisotropic=False, background_kind="simple"),
-    "objectsroom": dict(height=64, width=64, slots=3),
-    "shapestacks": dict(height=64, width=64, slots=6, anisotropic=False),
-}
 
 
 class Output(NamedTuple):
@@ -474,22 +496,21 @@ class Output(NamedTuple):
 class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mit"):
     """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`."""
 
-    def __init__(self, config: Config = Config()):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config = c = config
-        size, scales, z = (c.height, c.width), 2 if c.anisotropic else 1, c.dim_z_what
-        dim = scales + 1 + z  # D: scaling factor, activation, z_what
-        if c.generator == "segformer":
-            self.generator = SegformerGenerator(c.slots + dim, c.backbone, c.dropout)
-        else:
-            self.generator = UNetGenerator(c.slots + dim, *size, c.unet_width)
-        refinement = None
-        if c.transformer:
-            widths = c.dim_transformer, c.transformer_heads, c.dim_feedforward
-            refinement = Refinement(dim + 2, *widths, c.transformer_layers, c.dropout)
-        self.encoder = Encoder(c.slots, scales, z, c.scale_min, c.scale_max, refinement)
+        c = config
+        self.config = config
+        dim_scale = 2 if c.anisotropic else 1
+        dim = dim_scale + 1 + c.dim_z_what  # D: scaling factor, activation, z_what
+        self.generator = GENERATORS[c.generator](c.slots + dim, c)
+        widths = c.dim_transformer, c.transformer_heads, c.dim_feedforward, c.transformer_layers
+        refinement = Refinement(dim + 2, *widths, c.dropout) if c.transformer else None
+        bounds = c.scale_min, c.scale_max
+        self.encoder = Encoder(c.slots, dim_scale, c.dim_z_what, *bounds, refinement)
+        size = c.height, c.width
         glimpse = 32 if max(size) <= 64 else 64  # open: G is 64 above 128 px too (Table 7)
-        self.renderer = Renderer(*size, z, glimpse, c.log_alpha_0, c.alpha_0_per_pixel)
+        alpha_0 = c.log_alpha_0, c.alpha_0_per_pixel
+        self.renderer = Renderer(*size, c.dim_z_what, glimpse, *alpha_0)
         self.background = BackgroundAutoencoder(*size, c.background_kind, c.background_width)
 
     def forward(self, images, background=None):
@@ -500,27 +521,45 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
             background, _ = self.background(images)  # (B, 3, H, W)
         # Softmax over pixels, exp(activation) and (17) do not survive half precision.
         with torch.autocast(images.device.type, enabled=False):
-            latents, *where = self.encoder(feature_maps)  # where: (B, K, h, w), (B, K, 2)
+            latents, attention, attention_position = self.encoder(feature_maps)
             weights, layers, masks, glimpses = self.renderer(latents)
-            image = compose(weights, background, layers)  # (B, 3, H, W)
-        return Output(image, background, weights, layers, masks, glimpses, latents, *where)
+            reconstruction = compose(weights, background, layers)  # (B, 3, H, W)
+        return Output(
+            reconstruction, background, weights, layers, masks, glimpses,
+            latents, attention, attention_position,
+        )  # fmt: skip
 
     @torch.no_grad()
     def segment(self, images):
         """images (B, 3, H, W) in [0, 1] -> label maps (B, H, W), int64, 0..K, 0 the background."""
-        return self(images, background=images).weights.argmax(1)  # any background (section 4.1)
+        # The weights do not depend on the background image (section 4.1): any will do.
+        return self(images, background=images).weights.argmax(1)
 
     def check_images(self, images):
         """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
-        wanted, dtype = (3, self.config.height, self.config.width), self.renderer.log_alpha_0.dtype
-        if images.ndim != 4 or images.shape[1:] != wanted or len(images) == 0:
-            raise ValueError(f"images are {tuple(images.shape)}: this model takes (B, *{wanted})")
+        height, width = self.config.height, self.config.width
+        dtype = self.renderer.log_alpha_0.dtype
+        if images.ndim != 4 or images.shape[1:] != (3, height, width) or images.shape[0] == 0:
+            seen = tuple(images.shape)
+            raise ValueError(f"images are {seen}: this model takes (B, 3, {height}, {width})")
+        if dtype.itemsize < 4:
+            raise ValueError(f"the model is in {dtype}: keep it in float32 and use torch.autocast")
         if images.dtype != dtype:
-            raise ValueError(f"images are {images.dtype}, the model {dtype}; bytes want / 255")
+            raise ValueError(f"images are {images.dtype}: give {dtype} in [0, 1], bytes / 255")
         if not (self.training or torch.compiler.is_compiling()):
             low, high = images.aminmax()
-            if not (low > -1e-3 and high < 1 + 1e-3):  # resampling rounds a little beyond
+            if low.isnan():
+                raise ValueError("images hold NaN (not a number): mend or leave them out")
+            if low < -1e-3 or high > 1 + 1e-3:  # resampling rounds a little beyond
                 raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+
+    @classmethod
+    def from_pretrained(cls, source, **options):
+        """The model of a folder or hub name; all its weights must be there. Raises OSError."""
+        try:
+            return super().from_pretrained(str(source), **{"strict": True, **options})
+        except Exception as error:  # the hub, JSON and safetensors each have their own
+            raise OSError(f"{source} holds no whole model ({cause(error)})") from error
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -533,8 +572,12 @@ def reconstruction_loss(images, reconstruction):
 
 
 def pixel_entropy_loss(weights):
-    """Mean over pixels of the squared entropy of the weights: (B, K + 1, H, W) -> ()."""
-    return (weights * (weights + 1e-20).log()).sum(1).square().mean()  # eq. (21)
+    """Mean over pixels of the squared entropy of the weights: (B, K + 1, H, W) -> ().
+
+    The square makes pixels that are torn between layers count more than many that are nearly sure.
+    """
+    entropy = (weights * (weights + 1e-20).log()).sum(1)  # (B, H, W)
+    return entropy.square().mean()  # eq. (21)
 
 
 def quadratic_warmup(step, steps):
@@ -543,124 +586,190 @@ def quadratic_warmup(step, steps):
 
 
 def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
-    """The loss of phases 2 and 3: images (B, 3, H, W), their Output, step from 0 -> ()."""
-    weight = entropy_weight * quadratic_warmup(step, entropy_warmup)
-    entropy = pixel_entropy_loss(output.weights)
-    return reconstruction_loss(images, output.reconstruction) + weight * entropy  # eq. (22)
+    """The terms of the loss of phases 2 and 3 by name, () each; the loss is their sum, eq. (22).
 
-
-def robust_background_loss(images, background, predicted_error, beta=6.0, tau=0.25):
-    """The loss of phase 1 [38], deaf to pixels that the background does not explain.
-
-    images, background (B, 3, H, W), predicted_error (B, H, W), all in [0, 1] -> ().
+    images (B, 3, H, W), what the model says of them, the number of the step from 0.
     """
-    distance = partial(F.smooth_l1_loss, reduction="none", beta=3 / 255)  # quadratic below 3 / 255
-    error = distance(background, images).sum(1)  # (B, H, W)
-    error_of_error = distance(predicted_error, error.detach() / 3)  # (B, H, W)
-    with torch.no_grad():  # pixels around a large error are objects, and should not teach
-        unexplained, r = (error / tau).tanh()[:, None], images.shape[-1] // 75  # (B, 1, H, W)
-        unexplained = F.avg_pool2d(unexplained, 2 * r + 1, 1, r, count_include_pad=False)
-        weight = (-beta * unexplained).exp().squeeze(1)  # (B, H, W)
-    return ((error + error_of_error) * weight).mean()
+    weight = entropy_weight * quadratic_warmup(step, entropy_warmup)
+    return {
+        "reconstruction": reconstruction_loss(images, output.reconstruction),
+        "entropy": weight * pixel_entropy_loss(output.weights),  # eq. (22)
+    }
 
 
 def learning_rate(step, peak, total, warmup=0, decay_at=0.9):
     """Rate of a step: quadratic warm-up, a tenth from the share decay_at of all steps on."""
-    return peak * quadratic_warmup(step, warmup) * (0.1 if step >= decay_at * total else 1.0)
+    decay = 0.1 if step >= decay_at * total else 1.0
+    return peak * quadratic_warmup(step, warmup) * decay
+
+
+def robust_background_loss(images, background, predicted_error, strength=6.0, threshold=0.25):
+    """The loss of phase 1 [38], deaf to pixels that the background does not explain.
+
+    images, background (B, 3, H, W), predicted_error (B, H, W), all in [0, 1] -> (). strength and
+    threshold are beta and tau_1 of [38].
+    """
+    # Smooth L1 is quadratic below 3 of 255 grey levels, linear above.
+    distance = partial(F.smooth_l1_loss, reduction="none", beta=3 / 255)
+    error = distance(background, images).sum(1)  # (B, H, W)
+    error_of_prediction = distance(predicted_error, error.detach() / 3)  # (B, H, W)
+    with torch.no_grad():  # pixels around a large error are objects, and should not teach
+        unexplained = (error / threshold).tanh()[:, None]  # (B, 1, H, W)
+        # [38] averages over a window of 2 W / 75 + 1 pixels, W / 75 rounded down.
+        radius = images.shape[-1] // 75
+        unexplained = F.avg_pool2d(
+            unexplained, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
+        )  # (B, 1, H, W)
+        weight = (-strength * unexplained).exp().squeeze(1)  # (B, H, W)
+    return ((error + error_of_prediction) * weight).mean()
 
 
 # ---- Section 5.1: metrics, per image. Labels: 0 background, 1.. objects or slots ----
 
 
-def contingency(target, predicted, slots):
-    """Pixels that each pair of labels shares: two (B, H, W) -> (B, labels, labels), fp64.
+def contingency(target, predicted):
+    """Pixels that each pair of labels shares: two (B, H, W) -> a list of B tables (n, n), fp64.
 
-    A label above K gets a row of its own. Raises ValueError for what are no two such label maps.
+    Rows are target labels, columns predicted ones, both all n labels that the image has on either
+    side, the background first. On the CPU. Raises ValueError for what are no two such label maps.
     """
     for labels in (target, predicted):
         fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
-        seen = f"a label map is {labels.dtype} {tuple(labels.shape)}"
-        require(fits and labels.numel() and labels.long().min() >= 0,
-                f"{seen}: use tensors (B, H, W) of integers from 0")  # fmt: skip
-    require(target.shape == predicted.shape, f"{seen}, its target {tuple(target.shape)}")
-    both = torch.stack((target.long(), predicted.long())).flatten(2)  # (2, B, H W)
-    known = torch.arange(slots + 1, device=both.device)
-    values = torch.cat((known, both.flatten())).unique()  # 0..K, then the labels above
-    target, predicted = F.one_hot(torch.searchsorted(values, both), len(values)).double()
-    return target.mT @ predicted  # [image, target, predicted]
+        found = f"a label map is {getattr(labels, 'dtype', type(labels).__name__)}"
+        found += f" {tuple(getattr(labels, 'shape', ()))}"
+        require(fits and labels.numel() and labels.cpu().long().min() >= 0,
+                f"{found}: use tensors (B, H, W) of integers from 0")  # fmt: skip
+    require(target.shape == predicted.shape, f"{found}, its target {tuple(target.shape)}")
+    both = torch.stack((target.cpu().long(), predicted.cpu().long()), dim=1).flatten(2)
+    tables = []
+    for pair in both:  # (2, H W)
+        labels, places = F.pad(pair, (1, 0)).unique(return_inverse=True)  # label 0 is always there
+        target_place, predicted_place = places[:, 1:]  # (H W) each, 0..n - 1
+        n = len(labels)
+        counts = torch.bincount(target_place * n + predicted_place, minlength=n * n)
+        tables.append(counts.view(n, n).double())
+    return tables
 
 
 def iou_matrix(table):
-    """IoU of each pair of labels, and whether one of the two is in the image, of (B, n, n)."""
-    union = table.sum(2, keepdim=True) + table.sum(1, keepdim=True) - table
+    """IoU of each pair of labels, and whether one of the two is in the image: (n, n) each."""
+    union = table.sum(1, keepdim=True) + table.sum(0, keepdim=True) - table
     return table / union.clamp(min=1), union > 0
 
 
-def mean_iou(target, predicted, slots):
+def mean_iou(target, predicted):
     """mIoU with and without the background pair (mIoU, mIoU-FG), after a Hungarian matching.
 
     Two (B, H, W) integers -> two (B,), fp64: the sum of the matched IoUs over the number of matched
-    pairs of which at least one side is in the image.
+    pairs of which at least one side is in the image. That is the authors' definition; others count
+    the true masks alone. Where several matchings have the same sum, which happens when some IoU is
+    0, they may differ in the number of pairs, and the metric is that of one of them.
     """
-    matrices, scores = iou_matrix(contingency(target, predicted, slots).cpu()), []
-    for iou, present in zip(*(matrix.numpy() for matrix in matrices)):
+    scores = []
+    for table in contingency(target, predicted):
+        iou, present = iou_matrix(table)
         pairs = linear_sum_assignment(iou, maximize=True)  # rows 0.. and their columns
-        matched, counted = iou[pairs], present[pairs]
+        matched = iou[pairs]
+        counted = present[pairs]
         # open: nothing to be found and nothing found counts 1 in mIoU-FG
         foreground = matched[1:].sum() / counted[1:].sum() if counted[1:].any() else 1.0
         scores.append((matched.sum() / counted.sum(), foreground))
     return tuple(torch.tensor(scores, dtype=torch.float64).T)
 
 
-def adjusted_rand_index(target, predicted, slots):
+def adjusted_rand_index(target, predicted):
     """ARI-FG, over the pixels whose target is an object: two (B, H, W) integers -> (B,), fp64.
 
     Pixels predicted as background form an ordinary cluster; an image without objects counts 1.
     """
-    table = contingency(target, predicted, slots)[:, 1:]  # without the background's row
 
     def pairs(counts):
-        return counts * (counts - 1) / 2
+        return (counts * (counts - 1) / 2).sum()
 
-    same_both = pairs(table).sum((1, 2))  # (B,)
-    same_target, same_predicted = pairs(table.sum(2)).sum(1), pairs(table.sum(1)).sum(1)
-    expected = same_target * same_predicted / pairs(table.sum((1, 2))).clamp(min=1)
-    best = (same_target + same_predicted) / 2
-    trivial = best == expected  # no pixel, or one cluster on both sides
-    return torch.where(trivial, 1.0, (same_both - expected) / (best - expected + trivial))
-
-
-def segmentation_covering(target, predicted, slots):
-    """MSC-FG, the mean over the objects of their best IoU with any label: (B, H, W) -> (B,)."""
-    table = contingency(target, predicted, slots)
-    best = iou_matrix(table)[0].amax(2)[:, 1:]  # (B, labels - 1)
-    exists = table.sum(2)[:, 1:] > 0
-    return (best * exists).sum(1) / exists.sum(1).clamp(min=1)  # 0 without objects
+    scores = []
+    for table in contingency(target, predicted):
+        table = table[1:]  # without the background's row
+        same_both = pairs(table)
+        same_target = pairs(table.sum(1))
+        same_predicted = pairs(table.sum(0))
+        expected = same_target * same_predicted / pairs(table.sum()).clamp(min=1)
+        best = (same_target + same_predicted) / 2
+        trivial = best == expected  # no pixel, or one cluster on both sides
+        scores.append(1.0 if trivial else (same_both - expected) / (best - expected))
+    return torch.tensor(scores, dtype=torch.float64)
 
 
-def squared_error(images, reconstruction):
-    """Summed over colours and pixels: two (B, 3, H, W) in [0, 1] -> (B,)."""
-    return (images - reconstruction).square().sum((1, 2, 3))
+def segmentation_covering(target, predicted):
+    """MSC-FG, the mean over the objects of their best IoU with any label: two (B, H, W) -> (B,)."""
+    scores = []
+    for table in contingency(target, predicted):
+        best = iou_matrix(table)[0].amax(1)  # (n,)
+        objects = table.sum(1) > 0  # (n,), those that are there
+        objects[0] = False
+        scores.append(best[objects].mean() if objects.any() else 0.0)
+    return torch.tensor(scores, dtype=torch.float64)
 
 
-# ---- A start for short runs ----
+# ---- Table 8: the U-Net of the ablation study, another feature map generator ----
 
 
-@torch.no_grad()
-def start_as_identity(refinement):
-    """Let the refinement begin as the identity; PyTorch's own start takes too long."""
-    width, dim = refinement.embedding.weight.shape
-    require(width > dim + 1, f"dim_transformer is {width}: the identity start needs {dim + 2}")
-    # open: initialisation: each layer adds zero, and a large bias makes its norms nearly linear
-    bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
-    frame = torch.column_stack((torch.ones(width), bias, torch.randn(width, dim)))
-    basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, dim), orthogonal to the bias and to the mean
-    refinement.embedding.weight.copy_(basis)
-    refinement.embedding.bias.copy_(bias)
-    refinement.projection.weight.copy_(basis.T)
-    for name, parameter in refinement.named_parameters():
-        if "out_proj" in name or "linear2" in name or name == "projection.bias":
-            parameter.zero_()
+def conv_block(c_in, c_out, kernel=3, stride=1):
+    """A convolution, batch norm and CELU (section 7.3)."""
+    convolution = nn.Conv2d(c_in, c_out, kernel, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.CELU())
+
+
+class Residual(nn.Sequential):
+    """x + layers(x): (B, C, h, w) -> (B, C, h, w)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class UNetGenerator(nn.Module):
+    """The U-Net of the ablation study (Table 8): images (B, 3, H, W) -> (B, channels, H, W).
+
+    channels is K + D, where Table 8 prints d_Phi; factor scales the hidden channels.
+    """
+
+    def __init__(self, channels, height=128, width=128, factor=1.0):
+        super().__init__()
+        widths = [max(8, round(c * factor)) for c in (80, 128, 192, 256, 256, 256)]
+        self.first = conv_block(3, widths[0])
+        self.center = conv_block(widths[5], widths[5])
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        for c_in, c_out in zip(widths, widths[1:]):
+            residual = Residual(conv_block(c_out, c_out))
+            self.down.append(nn.Sequential(conv_block(c_in, c_out, 4, 2), residual))
+        for level in (4, 3, 2, 1, 0):
+            both = 2 * widths[level + 1]  # what comes from below, and the skip
+            odd = (height >> level) % 2, (width >> level) % 2  # open: odd sizes are padded
+            up = nn.ConvTranspose2d(both, widths[level], 4, 2, 1, odd, bias=False)
+            norm = nn.BatchNorm2d(widths[level])
+            residual = Residual(conv_block(both, both))
+            self.up.append(nn.Sequential(residual, up, norm, nn.CELU()))
+        # open: no convolution has a bias, and the last two neither norm nor CELU
+        residual = Residual(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
+        head = nn.Conv2d(channels, channels, 1, bias=False)
+        self.last = nn.Sequential(conv_block(2 * widths[0], channels), residual, head)
+
+    def forward(self, images):
+        skips = [self.first(images)]  # (B, 80, H, W)
+        for down in self.down:
+            skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32)
+        x = self.center(skips[-1])  # (B, 256, H/32, W/32)
+        for up in self.up:
+            x = up(torch.cat((x, skips.pop()), dim=1))  # (B, 256, H/16, W/16) ... (B, 80, H, W)
+        return self.last(torch.cat((x, skips.pop()), dim=1))  # (B, channels, H, W)
+
+
+# Name of a generator -> what makes it, given its channels (K + D, the K logit maps first) and the
+# Config. A fork's own is a line here.
+GENERATORS = {
+    "segformer": lambda channels, c: SegformerGenerator(channels, c.backbone, c.dropout),
+    "unet": lambda channels, c: UNetGenerator(channels, c.height, c.width, c.unet_width),
+}
 
 
 # =================================================================================================
@@ -668,11 +777,11 @@ def start_as_identity(refinement):
 
 import colorsys
 import gzip
+import hashlib
 import itertools
 import os
-import re
-import zlib
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -687,52 +796,142 @@ class Images(NamedTuple):
     labels: Tensor  # (N, H, W), uint8, 0 background, 1.. objects; or None
 
 
-def draw_shapes(count, seed, size=64):
-    """The embedded data set -> Images: two to four textured, overlapping shapes before a lit wall.
+# ---- The embedded data set: textured objects before textured walls ----
 
-    Colours do not tell objects apart: those of an image share two hues, shaded from one side.
+WALLS = 12  # the same ones in every part of the data
+
+
+def draw_shapes(count, seed, size=64):
+    """The embedded data set -> Images: two to four objects before one of twelve walls.
+
+    Colour tells the objects of an image neither from each other nor from the wall.
     """
     random = np.random.default_rng(seed)
-    pairs = zip(*(draw_image(size, random) for _ in range(count)))
-    return Images(*(torch.from_numpy(np.stack(arrays)) for arrays in pairs))
+    walls = [draw_wall(number, size) for number in range(WALLS)]
+    steps = tqdm(range(count), "drawing", disable=None, leave=False)
+    scenes = [draw_scene(walls[random.integers(WALLS)], random) for _ in steps]
+    return Images(*(torch.from_numpy(np.stack(arrays)) for arrays in zip(*scenes)))
 
 
-def draw_image(size, random):
-    """One image (3, size, size) and its label map (size, size), uint8."""
+def draw_wall(number, size):
+    """A wall (3, size, size) in [0, 1]: pattern and two colours are fixed by its number."""
+    random = np.random.default_rng(number)
+    x, y = pixel_centers(size)
+    u, v = rotate(x, y, random.uniform(0, np.pi))
+    pace = random.uniform(14, 26)  # radians across the image
+    patterns = (
+        np.sin(pace * u),  # waves
+        2 * np.sin(pace * u) * np.sin(pace * v),  # checks
+        np.sin(pace * np.hypot(x - random.uniform(), y - random.uniform())),  # rings
+        np.sin(pace * u + 2 * np.sin(pace * v / 2)),  # bent stripes
+        np.sin(pace * u) + np.sin(pace * v) + np.sin(pace * x),  # blobs
+    )
+    hue = number / WALLS
+    first = colorsys.hsv_to_rgb(hue, 0.45, 0.6)
+    second = colorsys.hsv_to_rgb((hue + random.uniform(-0.3, 0.3)) % 1, 0.45, 0.4)
+    return blend(first, second, 3 * patterns[number % 5])
+
+
+def draw_scene(wall, random):
+    """Image (3, size, size) of objects before a wall, and label map (size, size), both uint8."""
+    size = wall.shape[-1]
+    x, y = pixel_centers(size)
+    across, _ = rotate(x - 0.5, y - 0.5, random.uniform(0, 2 * np.pi))
+    light = random.uniform(0.8, 1.1) * (1 + random.uniform(0.2, 0.5) * across)
+    image = wall * light  # its strength and direction differ from image to image
+    labels = np.zeros((size, size), np.uint8)
+    hue = random.uniform()
+    hues = hue, hue + random.uniform(0.25, 0.75)  # two for all objects of the image
+    centers, radii = place_objects(random.integers(2, 5), random)
+    for label, (center, radius) in enumerate(zip(centers, radii), start=1):
+        dx, dy = (x - center[0]) / radius, (y - center[1]) / radius
+        u, v = rotate(dx, dy, random.uniform(-0.35, 0.35))  # the object lies within about -1..1
+        shade = 0.8 - 0.25 * (dx + dy)  # lit from the upper left
+        color = shade * draw_texture(u, v, random.choice(hues), random)
+        outline = OUTLINES[random.integers(len(OUTLINES))]
+        cover = (0.5 - outline(u, v) * radius * size).clip(0, 1)  # an edge one pixel wide
+        image = image + cover * (color - image)
+        labels[cover > 0.5] = label
+    return (image.clip(0, 1) * 255).round().astype(np.uint8), labels
+
+
+def pixel_centers(size):
+    """x and y (size, size) of the pixels' centres, from 0 to 1 across the image."""
     y, x = (np.mgrid[:size, :size] + 0.5) / size
-    turn, labels = random.uniform(0, 2 * np.pi), np.zeros((size, size), np.uint8)
-    light = 1 + random.uniform(0.3, 0.7) * ((x - 0.5) * np.cos(turn) + (y - 0.5) * np.sin(turn))
-    image = random.uniform(0.9, 1.1) * np.array([0.26, 0.28, 0.32])[:, None, None] * light
-    radius, gap = random.uniform(0.15, 0.23, 4), np.zeros(1)
-    while gap.min() < 0.75:  # shapes may overlap, but hide none
-        center = random.uniform(0.14, 0.86, (4, 2))
-        gap = np.hypot(*(center[:, None] - center).T) / (radius[:, None] + radius) + 9 * np.eye(4)
-    hues = random.uniform() + np.array([0, random.uniform(0.25, 0.75)])
-    for k in range(random.integers(2, 5)):
-        dx, dy, r, turn = x - center[k, 0], y - center[k, 1], radius[k], random.uniform(-0.35, 0.35)
-        u = (dx * np.cos(turn) + dy * np.sin(turn)) / r
-        v = (dy * np.cos(turn) - dx * np.sin(turn)) / r
-        corners = (0.95, 0.0), (-0.475, 0.823), (-0.475, -0.823)
-        outside = [  # below 0 within a disc, a square, a triangle, an ellipse
-            np.hypot(u, v) - 0.95,
-            (u**4 + v**4) ** 0.25 - 0.9,
-            np.max([np.hypot(u - a, v - b) for a, b in corners], axis=0) - 1.645,
-            (np.hypot(u, v / 0.8) - 1) * 0.8,
-        ][random.integers(4)]
-        stripes, checks = 4 * np.sin(5 * u), 8 * np.sin(5 * u) * np.sin(5 * v)
-        spot = 10 * (np.hypot(u, v) - 0.5)
-        texture = 1 / (1 + np.exp(-[stripes, checks, spot, 99 + 0 * u][random.integers(4)]))
-        hue = random.choice(hues)
-        first = colorsys.hsv_to_rgb(hue % 1, 0.85, 1.0)
-        second = colorsys.hsv_to_rgb((hue + random.uniform(-0.12, 0.12)) % 1, 0.85, 0.6)
-        color = np.multiply.outer(first, texture) + np.multiply.outer(second, 1 - texture)
-        color = (color * (0.8 - 0.25 * (dx + dy) / r)).clip(0, 1)  # light from the upper left
-        cover = (0.5 - outside * r * size).clip(0, 1)  # an edge one pixel wide
-        image, labels[cover > 0.5] = image + cover * (color - image), k + 1
-    return (image * 255).round().astype(np.uint8), labels
+    return x, y
 
 
-# ---- Readers of files: generators of (image, labels or None, part or "" to cut by index) ----
+def rotate(x, y, angle):
+    """The same points in axes that are turned by an angle."""
+    return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+
+
+def blend(first, second, pattern):
+    """The first colour (3,) where a pattern (h, w) is high, the second where it is low."""
+    share = 1 / (1 + np.exp(-pattern))
+    return np.multiply.outer(first, share) + np.multiply.outer(second, 1 - share)  # (3, h, w)
+
+
+def place_objects(count, random):
+    """Centres (count, 2) and radii (count,) of objects that may overlap, but hide none."""
+    radii = random.uniform(0.15, 0.23, count)
+    while True:
+        centers = random.uniform(0.14, 0.86, (count, 2))
+        pairs = itertools.combinations(range(count), 2)
+        gaps = [np.hypot(*(centers[a] - centers[b])) / (radii[a] + radii[b]) for a, b in pairs]
+        if min(gaps) > 0.75:
+            return centers, radii
+
+
+# What an object is painted with and its outline, at a point (u, v).
+TEXTURES = (  # high in one tone, low in the other
+    lambda u, v: np.full_like(u, np.inf),  # plain
+    lambda u, v: 4 * np.sin(5 * u),  # stripes
+    lambda u, v: 8 * np.sin(5 * u) * np.sin(5 * v),  # checks
+    lambda u, v: 10 * (np.hypot(u, v) - 0.5),  # a spot
+)
+CORNERS = (0.95, 0.0), (-0.475, 0.823), (-0.475, -0.823)
+OUTLINES = (  # distance from the edge, below 0 inside
+    lambda u, v: np.hypot(u, v) - 0.95,  # disc
+    lambda u, v: np.sqrt(np.hypot(u * u, v * v)) - 0.9,  # square with round corners
+    lambda u, v: (np.hypot(u, v / 0.8) - 1) * 0.8,  # ellipse
+    lambda u, v: np.max([np.hypot(u - a, v - b) for a, b in CORNERS], axis=0) - 1.645,  # triangle
+)
+
+
+def draw_texture(u, v, hue, random):
+    """Two tones of a hue in one of the textures: (3, size, size) in [0, 1]."""
+    texture = TEXTURES[random.integers(len(TEXTURES))]
+    bright = colorsys.hsv_to_rgb(hue % 1, 0.85, 1.0)
+    dark = colorsys.hsv_to_rgb((hue + random.uniform(-0.12, 0.12)) % 1, 0.85, 0.6)
+    return blend(bright, dark, texture(u, v))
+
+
+# ---- Files: what is written is whole or not there, what fails says why ----
+
+
+@contextmanager
+def written_whole(path):
+    """A binary file to write, which becomes path once it is whole. Raises OSError."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # processes that start together have their own
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch.save has its own words for a full disk
+        raise OSError(f"{path} could not be written, is the disk full? ({cause(error)})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path):
+    """What torch.save wrote, mapped from the file. Raises OSError."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise OSError(f"{path} could not be read ({cause(error)})") from error
 
 
 def open_image(path, mask=False):
@@ -740,31 +939,37 @@ def open_image(path, mask=False):
     kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
     try:
         with Image.open(path, formats=kinds) as image:
-            deep = ";16" in str(image.tile)
+            deep = ";16" in str(image.tile)  # the mode of RGB does not tell
             image.load()
     except Exception as error:  # Pillow raises many kinds
-        raise OSError(f"{path} is missing, damaged or no {' or '.join(kinds)}") from error
-    require(mask or not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
+        raise OSError(f"{path} is no readable {' or '.join(kinds)} ({cause(error)})") from error
     try:
         image = ImageOps.exif_transpose(image)
     except Exception:  # a malformed EXIF block turns nothing
         pass
-    return image if mask else image.convert("RGB")
+    if mask:
+        return image
+    require(not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
+    if "A" in image.getbands():
+        opaque = image.getchannel("A").getextrema()[0] == 255
+        require(opaque, f"{path} is transparent somewhere: lay it on a colour first")
+    return image.convert("RGB")
 
 
 def read_labels(path, dataset="folder"):
-    """A label map (h, w), uint8; of a folder renumbered 1, 2, ... in the order of its values."""
-    rule = "a mask is a single-channel PNG whose values are the labels, 0 the background"
-    require(path.suffix.lower() in (".png", ".map"), f"{path} is no PNG: {rule}")
+    """A label map (h, w), integers; of a folder renumbered 1, 2, ... in the order of its values."""
     image = open_image(path, mask=True)
     if dataset == "shapestacks":
         return np.array(image.getchannel(0)) // 32
-    require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {rule}")
+    require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {MASK_RULE}")
     labels = np.array(image)
-    if dataset == "folder":
-        labels = np.searchsorted(np.union1d(0, labels), labels)
-    require(labels.max() < 256, f"{path} has {labels.max()} labels, above 255: are its edges soft?")
-    return labels.astype(np.uint8)
+    return np.searchsorted(np.union1d(0, labels), labels) if dataset == "folder" else labels
+
+
+MASK_RULE = "a mask is a single-channel PNG whose values are the labels, 0 the background"
+
+
+# ---- Readers: generators of (image, label map or None, part or "" to cut by index) ----
 
 
 def decoded(items, dataset):
@@ -772,7 +977,8 @@ def decoded(items, dataset):
     damaged = []
     for path, mask, part in tqdm(items, "decoding", disable=None, leave=False):
         try:
-            image, labels = open_image(path), mask and read_labels(mask, dataset)
+            image = open_image(path)
+            labels = mask and read_labels(mask, dataset)
         except OSError as error:
             damaged.append(str(error))
             require(len(damaged) < 10, "; ".join(damaged))
@@ -797,102 +1003,155 @@ def list_files(folder):
     return sorted(paths)
 
 
-def by_stem(folder, paths):
-    """{sub-folder and stem: path}, refused if two files share one."""
-    stems = {path.relative_to(folder).with_suffix(""): path for path in paths}
-    require(len(stems) == len(paths), f"{folder} has two files that differ only in their suffix")
+def count(words):
+    """The ten most frequent words and how often each is there, in a line."""
+    return ", ".join(f"{word} {n}" for word, n in Counter(words).most_common(10))
+
+
+def by_stem(folder, paths, kinds, notes):
+    """{sub-folder and stem: path} of the files of some kinds; a note says what was taken."""
+    taken = [path for path in paths if path.suffix.lower() in kinds]
+    other = count(path.suffix or path.name for path in paths if path.suffix.lower() not in kinds)
+    other = f"passed over {other or 'no file'}"
+    require(taken, f"{folder} has no file {', '.join(kinds)}, {other}")
+    folders = [str(path.relative_to(folder).parent) for path in taken]
+    notes.append(f"{len(taken)} files, by sub-folder {count(folders)}; {other}")
+    stems = {path.relative_to(folder).with_suffix(""): path for path in taken}
+    require(len(stems) == len(taken), f"{folder} has two files that differ only in their suffix")
     return stems
 
 
 def read_folder(data, masks, notes):
     """PNG, JPEG and WebP images; masks of the same sub-folder and stem in a folder of their own."""
-    words = re.compile(r"(^|[^a-z])(masks?|labels?|annotations?|seg(mentations?)?|gt)([^a-z]|$)")
-    files = [p for p in list_files(data) if not masks or masks not in p.parents]
-    images = [p for p in files if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")]
-    other = Counter(p.suffix for p in files) - Counter(p.suffix for p in images)
-    notes += [f"{n} files {suffix} passed over" for suffix, n in other.items()]
-    images, labels = by_stem(data, images), by_stem(masks, list_files(masks)) if masks else {}
+    files = [path for path in list_files(data) if not masks or masks not in path.parents]
+    images = by_stem(data, files, (".png", ".jpg", ".jpeg", ".webp"), notes)
+    test = list(images)[: tenth(len(images))]
+    notes.append(f"the test part is {test[0]} to {test[-1]}")
+    labels = by_stem(masks, list_files(masks), (".png",), notes) if masks else {}
     for stem, path in images.items():
-        named = words.search(str(stem).lower())
-        require(not named, f"{path} is named as a mask: give --masks its folder, or rename it")
-        require(not masks or stem in labels, f"{path} has no mask {masks}/{stem}.png")
+        missing = masks and stem not in labels
+        require(not missing, f"{path} has no mask {masks}/{stem}.png: {MASK_RULE}")
     for stem in labels.keys() - images.keys():
         raise ValueError(f"{labels[stem]} has no image {data}/{stem}")
     yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
 
 
-def read_clevrtex(data, variant, notes):
+def read_clevrtex(data, masks, notes, variant):
     """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
-    name = re.compile(rf"CLEVRTEX_{variant}_(\d+)\.png")
-    found = sorted((int(m[1]), p) for p in list_files(data) if (m := name.fullmatch(p.name)))
-    if [number for number, _ in found] != [*range(len(found))]:
-        notes.append("warning: numbers have gaps or doubles, or do not begin with 0")
+    start = f"CLEVRTEX_{variant}_"
+    paths = {}
+    for path in list_files(data):
+        number = path.name.removeprefix(start).removesuffix(".png")
+        if path.name == f"{start}{number}.png" and number.isdecimal():
+            paths.setdefault(int(number), path)
+    if sorted(paths) != [*range(len(paths))]:
+        notes.append(f"warning: the numbers of {variant} have gaps, or do not begin with 0")
     # open: outd is one test set; camo too has a test part, its first 10 %
     part = "test" if variant == "outd" else ""
-    pairs = [(p, p.with_name(f"{p.stem}_flat.png"), part) for _, p in found]
-    yield from decoded(pairs, "clevrtex")
+    images = [paths[number] for number in sorted(paths)]
+    items = [(path, path.with_name(f"{path.stem}_flat.png"), part) for path in images]
+    yield from decoded(items, "clevrtex")
 
 
-def read_shapestacks(data, _, notes):
+def read_shapestacks(data, masks, notes):
     """recordings/<scenario>/rgb-*.png and iseg/<scenario>/*.map, by splits/default/<part>.txt."""
     items = []
-    for split, part in (("test", "test"), ("eval", "val"), ("train", "train")):
-        for scenario in (data / f"splits/default/{split}.txt").read_text().split():
-            for path in sorted(data.glob(f"recordings/{scenario}/rgb-*-cam_*-mono-0.png")):
-                name = f"iseg-w=0-f=0-l=0-c=original-cam_{path.stem.split('-cam_')[1]}.map"
-                items.append((path, data / "iseg" / scenario / name, part))
+    for part, name in {"test": "test", "val": "eval", "train": "train"}.items():
+        for scenario in (data / f"splits/default/{name}.txt").read_text().split():
+            paths = sorted(data.glob(f"recordings/{scenario}/rgb-*-cam_*-mono-0.png"))
+            require(paths, f"{data}/recordings/{scenario} has no pictures, and {name}.txt lists it")
+            for path in paths:
+                camera = path.stem.split("-cam_")[1]
+                mask = data / "iseg" / scenario / f"iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
+                items.append((path, mask, part))
     yield from decoded(items, "shapestacks")
 
 
-def read_tfrecords(data, form, notes):
-    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are walls."""
-    name, height, width, masks, walls = form
+def read_tfrecords(data, masks, notes, name, shape, walls):
+    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are walls.
+
+    shape is (height, width, masks). A record is its length in 8 bytes, a checksum in 4, an
+    Example, a checksum in 4; checking is left to gzip.
+    """
+    height, width, count = shape
     path = data if data.is_file() else data / f"{name}.tfrecords"
-
-    def values(record, key, *shape):
-        # Tag, length, key; tag, length, list; each byte is an entry: tag 10, length 1, the byte.
-        varint, count = rb"[\x80-\xff]*[\0-\x7f]", int(np.prod(shape))
-        start = re.search(rb"\n.%s\x12%s\n%s" % (key, varint, varint), record, re.DOTALL)
-        first = start.end() if start else len(record)
-        entries = np.frombuffer(record[first : first + 3 * count], np.uint8)
-        whole = len(entries) == 3 * count and record[first + 3 * count :][:2] != b"\n\1"
-        whole = whole and (entries.reshape(-1, 3)[:, :2] == (10, 1)).all()
-        require(whole, f"{key.decode()} is not {count} entries of one byte")
-        return entries[2::3].reshape(shape)
-
     with open(path, "rb") as file:
-        opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    with opened(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as file:
         for number in tqdm(itertools.count(), "decoding", disable=None, leave=False):
             try:
-                head = file.read(12)  # length, its checksum (checking is left to gzip)
+                head = file.read(12)
                 if not head:
                     return
                 size = int.from_bytes(head[:8], "little")
                 record = file.read(min(size, 1 << 30) + 4)
                 require(len(record) == size + 4, "it is cut short, or no record")
-                image = values(record, b"image", height, width, 3)
-                mask = values(record, b"mask", masks, height, width)
+                image = example_bytes(record, b"image", (height, width, 3))
+                mask = example_bytes(record, b"mask", (count, height, width))
             except Exception as error:
                 raise OSError(f"{path}, record {number}: {error}") from error
             labels = mask.argmax(0).clip(walls - 1) - (walls - 1)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
 
 
-# Reader and its argument, share that the centre crop keeps (by default all), where in its cell a
-# label is taken (by default 0.5 as Pillow does, 0 as PyTorch).
+def example_bytes(example, name, shape):
+    """The bytes of a feature of a tf.train.Example, where each is an entry of its own."""
+    require(name in example, f"it has no {name.decode()}")
+    at = example.index(name) + len(name)
+    for _ in range(2):  # behind the name: tag and length of the feature, tag and length of its list
+        at += 1
+        while example[at] > 127:  # all bytes of a length but its last
+            at += 1
+        at += 1
+    count = int(np.prod(shape))
+    entries = np.frombuffer(example[at : at + 3 * count], np.uint8)
+    # An entry is the tag 10, the length 1 and the byte. After the last one comes another tag.
+    whole = len(entries) == 3 * count and example[at + 3 * count : at + 3 * count + 2] != b"\n\1"
+    whole = whole and (entries.reshape(-1, 3)[:, :2] == (10, 1)).all()
+    require(whole, f"{name.decode()} is not {count} entries of one byte")
+    return entries[2::3].reshape(shape)
+
+
+class DataSet(NamedTuple):
+    """How a data set is read."""
+
+    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part)
+    crop: float = 1.0  # share of the largest centre crop that is kept
+    label_at: float = 0.5  # where in its cell a label is taken, 0.5 as Pillow does, 0 as PyTorch
+
+
+def textures(variant):
+    return DataSet(partial(read_clevrtex, variant=variant), crop=0.8)
+
+
+def rooms(name, masks):
+    name = f"objects_room_{name}"
+    return DataSet(partial(read_tfrecords, name=name, shape=(64, 64, masks), walls=4))
+
+
+# open: CLEVR's first tenths by index, as the authors take them
+CLEVR = partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), walls=1)
+
+# A fork's own data set is a line here: its reader yields the parts "test", "val" and "train" in
+# any order, or "" for all images, which are then cut by index.
 DATASETS = {
-    "folder": (read_folder, None),
-    "shapestacks": (read_shapestacks, None, 196 / 224, 0.0),
-    # open: CLEVR's first tenths by index, as the authors take them
-    "clevr": (read_tfrecords, ("clevr_with_masks_train", 240, 320, 11, 1), 0.8),
-    "objectsroom": (read_tfrecords, ("objects_room_train", 64, 64, 7, 4)),
-    "clevrtex": (read_clevrtex, "full", 0.8),
+    "folder": DataSet(read_folder),
+    "clevr": DataSet(CLEVR, crop=0.8),
+    "clevrtex": textures("full"),
+    "outd": textures("outd"),
+    "camo": textures("camo"),
+    "pbg": textures("pbg"),
+    "vbg": textures("vbg"),
+    "grassbg": textures("grassbg"),
+    "objectsroom": rooms("train", 7),
+    "six_objects": rooms("test_six_objects", 10),
+    "identical_color": rooms("test_identical_color", 10),
+    "empty_room": rooms("test_empty_room", 4),
+    "shapestacks": DataSet(read_shapestacks, crop=196 / 224, label_at=0.0),
 }
-for name, masks in {"six_objects": 10, "identical_color": 10, "empty_room": 4}.items():
-    DATASETS[name] = (read_tfrecords, (f"objects_room_test_{name}", 64, 64, masks, 4))
-for name in ("outd", "camo", "pbg", "vbg", "grassbg"):
-    DATASETS[name] = (read_clevrtex, name, 0.8)
+
+
+# ---- From files to tensors ----
 
 
 def centre_crop(size, height, width, crop=1.0):
@@ -904,73 +1163,100 @@ def centre_crop(size, height, width, crop=1.0):
     return left, top, left + side_x, top + side_y
 
 
-def crop_and_resize(image, labels, height, width, crop=1.0, where=0.5):
+def crop_and_resize(image, labels, height, width, crop=1.0, label_at=0.5):
     """Centre crop, then bilinear resize: (3, height, width) uint8, (height, width) or None."""
     box = left, top, right, bottom = centre_crop(image.size, height, width, crop)
     pixels = np.array(image.crop(box).resize((width, height), Image.Resampling.BILINEAR))
     if labels is not None:
-        rows = top + ((np.arange(height) + where) * (bottom - top) / height).astype(int)
-        columns = left + ((np.arange(width) + where) * (right - left) / width).astype(int)
-        labels = labels[rows][:, columns].astype(np.uint8)
+        rows = top + ((np.arange(height) + label_at) * (bottom - top) / height).astype(int)
+        columns = left + ((np.arange(width) + label_at) * (right - left) / width).astype(int)
+        labels = labels[rows][:, columns]
     return pixels.transpose(2, 0, 1), labels
 
 
+PARTS = ("test", "val", "train")
+
+
+def tenth(count):
+    """How many images are the test part, and as many the validation part, of images without."""
+    return min(10_000, max(1, count // 10))  # 10 000 of ObjectsRoom
+
+
 def prepare(dataset, data, masks, height, width):
-    """Decode a data set -> images, labels, ends of two parts, most labels, what was taken."""
-    reader, argument, *crop = DATASETS[dataset]
-    images, maps, notes, parts, counts = bytearray(), bytearray(), [], Counter(), []
-    for image, labels, part in reader(data, masks or argument, notes):
-        pixels, labels = crop_and_resize(image, labels, height, width, *crop)
-        images += pixels.tobytes()
-        parts[part] += 1
+    """Decode a data set -> images, labels, sizes of the parts, most labels, what was taken."""
+    reader, crop, label_at = DATASETS[dataset]
+    notes, images, maps, parts = [], [], [], []
+    for image, labels, part in reader(data, masks, notes):
+        pixels, labels = crop_and_resize(image, labels, height, width, crop, label_at)
+        images.append(pixels)
+        parts.append(part)
         if labels is not None:
-            maps += labels.tobytes()
-            counts.append(np.unique(labels[labels > 0]).size)
-    count = parts.total()
-    require(count > 2, f"{data} holds {count} images of {dataset}: three parts need three")
-    test = val = min(10_000, max(1, count // 10))  # 10 000 of ObjectsRoom
-    images = torch.frombuffer(images, dtype=torch.uint8).view(-1, 3, height, width)
-    notes += [f"{count} images", f"mean brightness {images[::test].float().mean() / 255:.2f}"]
-    labels = None
-    if counts:
-        labels = torch.frombuffer(maps, dtype=torch.uint8).view(-1, height, width)
-        empty = 1 - labels.count_nonzero() / labels.numel()
+            low, high = labels.min(), labels.max()
+            fits = 0 <= low and high <= 255
+            require(fits, f"image {len(images)} has labels {low}..{high}, not 0..255: soft edges?")
+            maps.append(labels.astype(np.uint8))
+    number = len(images)
+    require(number > 2, f"{data} holds {number} images of {dataset}: three parts need three")
+    require(len(maps) in (0, number), f"{data} has {len(maps)} label maps for {number} images")
+    if set(parts) == {""}:
+        n = tenth(number)
+        parts = ["test"] * n + ["val"] * n + ["train"] * (number - 2 * n)
+    unknown = set(parts) - set(PARTS)
+    require(not unknown, f"{dataset} yields parts {unknown}: use {PARTS}, or '' for all images")
+    order = sorted(range(number), key=lambda n: PARTS.index(parts[n]))
+    images = np.stack([images[n] for n in order])
+    taken = f"{dataset} {data}: {number} images, mean brightness {images.mean() / 255:.2f}"
+    objects = [0]
+    if maps:
+        maps = np.stack([maps[n] for n in order])
+        objects = [np.unique(labels[labels > 0]).size for labels in maps]
+        empty = (maps == 0).mean()
         fits = 0 < empty < 1 or dataset != "folder"  # a published set may have no object
         require(fits, f"{masks}: {empty:.0%} of the pixels are background")
-        notes.append(f"labels, {min(counts)}..{max(counts)} objects each, background {empty:.0%}")
-    if "" not in parts:  # the reader knows them
-        test, val = parts["test"], parts["val"]
-    taken = f"{dataset} {data}: {', '.join(notes)}"
-    return images, labels, (test, test + val), max(counts, default=0), taken
+        taken += f", {min(objects)}..{max(objects)} labels each, background {empty:.0%}"
+    return {
+        "images": torch.from_numpy(images),
+        "labels": torch.from_numpy(maps) if len(maps) else None,
+        "sizes": [parts.count(part) for part in PARTS],
+        "most": max(objects),
+        "taken": "\n".join([taken, *notes]),
+    }
 
 
-def load_tensors(path):
-    """What torch.save wrote, mapped from the file, which is named if it is damaged."""
-    try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise OSError(f"{path} is damaged: delete it, and start again") from error
+CACHE_FORMAT = 3  # with another number everything is decoded anew
+
+
+def cache_key(*settings):
+    """A name for some settings and, by size and time of change, the files of paths among them."""
+    key = hashlib.sha1(repr((CACHE_FORMAT, *settings)).encode())
+    for path in settings:
+        if isinstance(path, Path):
+            for file in list_files(path) if path.is_dir() else [path]:
+                about = file.stat()
+                key.update(os.fsencode(f"{file} {about.st_size} {about.st_mtime_ns}"))
+    return key.hexdigest()[:12]
 
 
 def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
     """The parts "test", "val", "train" and "all" of a data set, Images each, mapped from a cache.
 
-    The first call decodes it, every call prints what was taken. slots is K, to warn of soft edges.
+    The first call decodes it, and so does one after a change of its files; every call prints what
+    was taken. slots is K, to warn of soft edges.
     """
     fits = not masks or dataset == "folder"
     require(fits, f"--masks belong to the images of a folder, not to {dataset}")
     data, masks = (Path(os.path.abspath(path)) if path else None for path in (data, masks))
-    key = zlib.crc32(os.fsencode(f"{data}:{masks}"))
-    path = Path(cache, f"{dataset}-{height}x{width}-{key:08x}.pt")
+    settings = dataset, data, masks, height, width
+    path = Path(cache, f"{dataset}-{height}x{width}-{cache_key(*settings)}.pt")
     if not path.exists():
-        prepared = prepare(dataset, data, masks, height, width)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(prepared, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
-    images, labels, (a, b), most, taken = load_tensors(path)
-    print(f"{taken}; cached in {path}, delete it to decode again")
-    if most > 4 * slots:
-        print(f"warning: up to {most} labels per image for {slots} slots: soft edges?")
+        with written_whole(path) as file:
+            torch.save(prepare(*settings), file)
+    found = load_tensors(path)
+    print(f"{found['taken']}\ncached in {path}")
+    if found["most"] > 4 * slots:
+        print(f"warning: up to {found['most']} labels per image for {slots} slots: soft edges?")
+    images, labels = found["images"], found["labels"]
+    a, b, _ = itertools.accumulate(found["sizes"])
     parts = {"test": slice(a), "val": slice(a, b), "train": slice(b, None), "all": slice(None)}
     return {
         name: Images(images[part], None if labels is None else labels[part])

@@ -1,103 +1,158 @@
 """Train, evaluate and use AST-Seg: the paper's whole curriculum in one plain loop.
 
-    python train.py                                   the embedded data set, minutes on two cores
-    python train.py --dataset clevrtex --data DIR     a data set of the paper, with its settings
-    python train.py --resume RUN                      go on from the last checkpoint of a run
-    python train.py --evaluate RUN [RUN ...]          metrics; of several runs mean and deviation
-    python train.py --segment RUN IMAGE [IMAGE ...]   label map, overlay and objects of each image
-    torchrun --nproc_per_node N train.py ...          the same on several GPUs
+    python train.py [--setting value ...]               the embedded data set, preset shapes
+    python train.py small  --data D [--masks M] ...     your images, two CPU cores
+    python train.py folder --data D [--masks M] ...     your images, the paper's model
+    python train.py clevrtex --data D ...               a data set of the paper, its settings; also
+                                                        clevr, objectsroom, shapestacks
+    python train.py resume RUN                          go on from the last checkpoint of a run
+    python train.py evaluate RUN [RUN ...]              metrics; of several runs mean and deviation
+    python train.py segment RUN IMAGE [IMAGE ...]       label map and overlay of each image
+    torchrun --nproc_per_node N train.py ...            the same on several GPUs
 
-A run folder gets model/, checkpoint.pt, settings.json, log.jsonl, metrics.json and pictures.
-The defaults of --help are the paper's; the presets shapes (without flags) and small replace some.
+Each command has its own --help. A run folder holds settings.json, log.jsonl, model/ and
+checkpoint.pt as it trains, and at the end metrics.json and pictures.
 """
 
-import argparse
 import json
 import math
 import os
 import sys
 import time
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
+from filelock import FileLock, Timeout
 from matplotlib import color_sequences
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 import astseg
-from astseg import PAPER_SETTINGS, ASTSeg, Config, require
+from astseg import ASTSeg, Config, OrZero, cause, require, written_whole
 
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-GPU = torch.cuda.is_available()
-DEVICE = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if GPU else "cpu")
+RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, set by torchrun
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+# ---- Settings: the paper's, and presets that replace some ----
 
 
 @dataclass(frozen=True)
 class Training(Config):
     """The architecture, and data, curriculum and optimisers, by default the paper's (Table 6)."""
 
-    dataset: Literal[("shapes", *astseg.DATASETS)] = "shapes"
-    data: str = ""  # folder or file; shapes are drawn
-    masks: str = ""  # folder of label maps for the images of a folder
+    dataset: Literal[("shapes", *astseg.DATASETS)] = "clevrtex"  # how the data are read
+    data: str = ""  # folder or file of the data set; shapes are drawn
+    masks: str = ""  # folder of label maps, for the images of a folder
     cache: str = "cache"  # folder of decoded data sets
     scenario: Literal["CT", "BT", "frozen"] = "CT"  # curriculum, baseline, frozen background
-    background_steps: int = 500_000  # phase 1; 2 500 for a fixed background
-    background_batch: int = 128
-    background_lr: float = 2e-3
-    steps: int = 125_000  # phases 2 and 3 together
-    phase2_steps: int = 30_000  # of these before a frozen background
-    batch: int = 64
-    lr: float = 4e-5
-    warmup: int = 5_000  # steps in which lr grows
+    background_steps: int = 500_000  # steps of phase 1
+    background_batch: int = 128  # images per step of phase 1
+    background_lr: float = 2e-3  # learning rate of phase 1
+    steps: int = 125_000  # steps of phases 2 and 3 together
+    phase2_steps: OrZero[int] = 30_000  # of these before a frozen background
+    batch: int = 64  # images per step of phases 2 and 3
+    lr: float = 4e-5  # learning rate of phases 2 and 3
+    warmup: OrZero[int] = 5_000  # steps in which it grows
     decay_at: float = 0.9  # share of the steps after which it falls to a tenth
-    entropy_weight: float = 1e-2  # lambda_pixel
-    entropy_warmup: int = 10_000  # N_pixel
-    refinement_start: Literal["stock", "identity"] = "stock"  # identity: for short runs
-    refinement_lr_factor: float = 1.0  # on lr, as the next two
-    alpha_0_lr_factor: float = 1.0
-    glimpse_lr_factor: float = 1.0
-    # open: weights are random unless named, since not every machine reaches a hub
-    pretrained: str = ""  # backbone, a hub name or a folder; the paper's is nvidia/mit-b3
+    entropy_weight: OrZero[float] = 1e-2  # lambda_pixel
+    entropy_warmup: OrZero[int] = 10_000  # N_pixel
+    refinement_start: Literal["stock", "identity"] = "stock"  # identity lets short runs wake
+    refinement_lr_factor: OrZero[float] = 1.0  # on lr, for the transformer encoder
+    alpha_0_lr_factor: OrZero[float] = 1.0  # on lr, for the activation of the background
+    glimpse_lr_factor: OrZero[float] = 1.0  # on lr, for the glimpse generator
+    pretrained: str = "nvidia/mit-b3"  # backbone: a hub name, a folder or '' for random weights
     flip: bool = False  # mirror training images at random; not in the paper
-    train_images: int = 10_000  # shapes that are drawn for training
-    bf16: bool = True  # open: mixed precision, on a GPU
-    compile: bool = True  # on a GPU
-    seed: int = 0
-    log_every: int = 100
-    evaluate_every: int = 500
-    checkpoint_every: int = 5_000
-
-    zero = (*Config.zero, "seed", "phase2_steps", "warmup", "entropy_weight", "entropy_warmup")
+    train_images: int = 10_000  # how many shapes are drawn for training
+    device: Device = "auto"  # auto is cuda where there is one, else cpu
+    bf16: bool = True  # mixed precision, on cuda
+    compile: Literal["graphs", "inductor", "no"] = "graphs"  # on cuda; see accelerate()
+    seed: OrZero[int] = 0  # of weights, order of images, dropout
+    log_every: int = 100  # steps between rows of the log
+    evaluate_every: int = 500  # steps between evaluations on the validation part
+    checkpoint_every: int = 5_000  # steps between checkpoints
 
     def __post_init__(self):
         super().__post_init__()
         part = f"phase2_steps is {self.phase2_steps}: use a part of {self.steps} steps"
         require(self.phase2_steps <= self.steps, part)
-        fits = (self.dataset == "shapes") == (not self.data)
-        require(fits, f"dataset {self.dataset} with data {self.data!r}: all but shapes need --data")
 
 
-# Two CPU cores: small sizes and short schedules, every component (the README says why).
+# differs: small sizes and short schedules, for two CPU cores; no component is left out.
 SMALL = dict(
-    height=64, width=64, anisotropic=False, backbone="tiny", dim_transformer=128,
-    dim_feedforward=256, transformer_layers=2, scale_max=10.0, log_alpha_0=4.0,
-    background_kind="simple", background_width=0.25, background_steps=1500, background_batch=16,
-    background_lr=5e-4, steps=17_000, phase2_steps=15_000, batch=32, lr=1e-3, warmup=500,
-    decay_at=0.6, entropy_weight=0.015, entropy_warmup=3000, refinement_start="identity",
-    refinement_lr_factor=0.1, alpha_0_lr_factor=0.33, glimpse_lr_factor=3.0, checkpoint_every=500,
-)  # fmt: skip
+    dataset="folder",
+    height=64,  # a fourth of the pixels of 128 x 128
+    width=64,
+    anisotropic=False,  # most objects are about as wide as high
+    backbone="tiny",  # half a million weights for 47 million
+    pretrained="",  # there are none of that size
+    dim_transformer=128,  # the next three: enough for a handful of slots
+    dim_feedforward=256,
+    transformer_layers=2,
+    scale_max=10.0,  # no object is smaller than a tenth of such an image
+    log_alpha_0=4.0,  # objects must show within hundreds of steps, not thousands
+    background_kind="simple",  # learns textured walls too, at this size
+    background_width=0.25,
+    background_steps=1500,
+    background_batch=16,
+    background_lr=5e-4,  # 2e-3 is unsteady with small batches
+    steps=17_000,
+    phase2_steps=15_000,
+    batch=32,
+    lr=1e-3,  # small models bear more, and short runs need it
+    warmup=500,
+    decay_at=0.6,  # the low rate sharpens masks: a third of the run is worth it
+    entropy_weight=0.015,
+    entropy_warmup=3000,
+    refinement_start="identity",  # the stock start is idle for thousands of steps
+    refinement_lr_factor=0.1,  # or slots are driven out of the image and stay there
+    alpha_0_lr_factor=0.33,  # else alpha_0 falls until objects take their rims
+    glimpse_lr_factor=3.0,  # glimpses lag behind positions otherwise
+    checkpoint_every=500,
+)
 SHAPES = SMALL | dict(
-    height=48, width=48, slots=4, scale_max=6.0, log_alpha_0=4.5, background_batch=8, steps=11_500,
-    phase2_steps=9500, batch=16, lr=7e-4, warmup=200, decay_at=0.65, entropy_weight=0.02,
-    entropy_warmup=2000, glimpse_lr_factor=6.0, train_images=8000,
-)  # fmt: skip
+    dataset="shapes",
+    height=48,
+    width=48,
+    slots=4,
+    scale_max=6.0,  # the smallest object is a third of the image
+    log_alpha_0=4.5,
+    background_steps=5000,  # twelve walls in changing light
+    background_batch=8,
+    steps=11_500,
+    phase2_steps=9500,
+    batch=16,
+    lr=7e-4,
+    warmup=200,
+    decay_at=0.65,
+    entropy_weight=0.02,
+    entropy_warmup=2000,
+    glimpse_lr_factor=6.0,
+    train_images=8000,
+)
+CLEVR = dict(  # all images show one background
+    dataset="clevr", anisotropic=False, background_kind="simple", background_steps=2500
+)
+PRESETS = {  # the last four are the paper's (section 5.1)
+    "shapes": Training(**SHAPES),
+    "small": Training(**SMALL),
+    "folder": Training(dataset="folder"),
+    "clevrtex": Training(dataset="clevrtex"),
+    "clevr": Training(**CLEVR),
+    "objectsroom": Training(dataset="objectsroom", height=64, width=64, slots=3),
+    "shapestacks": Training(dataset="shapestacks", height=64, width=64, slots=6, anisotropic=False),
+}
 
 
 # ---- Data ----
@@ -107,10 +162,12 @@ def load_data(training, *names):
     """Images of the parts that are named, of "train", "val", "test" and, from files, "all"."""
     t = training
     if t.dataset == "shapes":
+        require(not t.data, f"shapes are drawn, they have no --data {t.data}: use the preset small")
         require(t.height == t.width, "shapes are drawn on squares: width is not height")
         counts = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
         require(counts.keys() >= {*names}, "shapes are drawn apart: there is no all part")
         return [astseg.draw_shapes(*counts[name], t.height) for name in names]
+    require(t.data, f"the data set {t.dataset} is read from files: name them by --data")
     where = t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
     for rank in range(RANKS):  # one process after the other: the first one decodes
         if rank == RANK:
@@ -119,11 +176,6 @@ def load_data(training, *names):
     for name in names:
         require(len(parts[name].images), f"{t.dataset} {t.data} has no {name} part")
     return [parts[name] for name in names]
-
-
-def to_float(images):
-    """Bytes to floats in [0, 1] on the device."""
-    return images.to(DEVICE).float() / 255
 
 
 @lru_cache(2)
@@ -141,28 +193,26 @@ def batch_indices(step, batch, count, seed, device="cpu"):
     return order[position * batch + RANK : (position + 1) * batch : RANKS]
 
 
-def load_batch(arrays, step, batch, training):
-    """The images of a step, and of their backgrounds if they are given: (B, 3, H, W) in [0, 1]."""
+def load_batch(arrays, step, batch, training, device):
+    """What images, and backgrounds if they are given, show at a step: (B, 3, H, W) in [0, 1]."""
     images = arrays[0]
     index = batch_indices(step, batch, len(images), training.seed, images.device)
-    found = [to_float(x[index]) for x in arrays]
+    batches = [array[index].to(device).float() / 255 for array in arrays]
     if training.flip:  # an image and its background alike
-        mirrored = torch.rand(len(index), 1, 1, 1, device=DEVICE) < 0.5
-        found = [torch.where(mirrored, x.flip(3), x) for x in found]
-    return found
+        mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
+        batches = [torch.where(mirrored, x.flip(3), x) for x in batches]
+    return batches
 
 
 @torch.no_grad()
-def memorise_backgrounds(model, images, path):
-    """Backgrounds (N, 3, H, W), uint8, of all images: in a mapped file, or on the GPU as they."""
-    memory = torch.from_file(str(path), shared=True, size=images.numel(), dtype=torch.uint8)
-    memory = memory.view(images.shape)
-    if RANK == 0:
-        for part, target in zip(images.split(100), memory.split(100)):
-            background, _ = model.eval().background(to_float(part))
-            target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
-    wait()
-    return memory.to(images.device)
+def memorise_backgrounds(model, images):
+    """Backgrounds (N, 3, H, W), uint8, of all images, where those are (section 4.2.2)."""
+    model.eval()
+    memory = torch.empty_like(images)
+    for part, target in zip(images.split(100), memory.split(100)):
+        background, _ = model.background(part.to(device_of(model)).float() / 255)
+        target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
+    return memory
 
 
 # ---- The curriculum (section 4.2.2) ----
@@ -179,20 +229,24 @@ def curriculum(training):
 
 
 def make_optimizer(model, phase, training):
-    """The optimiser of a phase; only what the phase trains has gradients from here on."""
-    model.requires_grad_(phase != "background")
-    model.background.requires_grad_(phase != "foreground")
-    if phase == "background":  # open: AdamW with its default betas and no weight decay
-        return torch.optim.AdamW(model.background.parameters(), weight_decay=0.0, fused=True)
-    factors = [  # on the learning rate; a background without gradients stays as it is
-        (model.background.parameters(), 1.0),
-        (model.generator.parameters(), 1.0),
-        (model.encoder.parameters(), training.refinement_lr_factor),
-        (model.renderer.glimpse_generator.parameters(), training.glimpse_lr_factor),
-        ([model.renderer.log_alpha_0], training.alpha_0_lr_factor),
-    ]
-    groups = [dict(params=parameters, factor=factor) for parameters, factor in factors]
+    """The optimiser of a phase. What it holds is what the phase trains."""
+    t = training
+    foreground = {  # part of the model -> factor on its learning rate
+        model.generator: 1.0,
+        model.encoder: t.refinement_lr_factor,
+        model.renderer.glimpse_generator: t.glimpse_lr_factor,
+    }
+    groups = [dict(params=[*part.parameters()], factor=f) for part, f in foreground.items()]
+    alpha_0 = [model.renderer.log_alpha_0, model.renderer.log_alpha_0_map]
+    groups.append(dict(params=alpha_0, factor=t.alpha_0_lr_factor))
+    background = dict(params=[*model.background.parameters()], factor=1.0)
+    held = {p for group in [background, *groups] for p in group["params"]}
+    free = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
+    require(not free, f"no optimiser holds {free}: add them to a group in make_optimizer")
+    if phase == "background":  # open: Adam with its default betas
+        return torch.optim.Adam([background], fused=True)
     # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
+    groups += [background] if phase == "joint" else []
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -204,161 +258,216 @@ def set_learning_rate(optimizer, phase, step, training):
     else:  # open: update t uses the rate of step t + 1, the entropy weight of step t
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("factor", 1.0)
+        group["lr"] = lr * group["factor"]
     return lr
+
+
+# ---- The model, and what makes it fast ----
+
+
+def choose_device(name="auto"):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps":
+        print("warning: nobody has tried mps yet")
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def device_of(model):
+    return model.renderer.log_alpha_0.device
+
+
+def build_model(training):
+    """A model of random, or partly pretrained, weights, in training mode on its device."""
+    t = training
+    torch.manual_seed(t.seed)
+    model = ASTSeg(Config(**{f.name: getattr(t, f.name) for f in fields(Config)}))
+    if t.transformer and t.refinement_start == "identity":
+        astseg.start_as_identity(model.encoder.refinement)
+    if t.pretrained:
+        fits = hasattr(model.generator, "load_backbone")
+        require(fits, f"the generator {t.generator} has no backbone to load: add --pretrained ''")
+        try:
+            model.generator.load_backbone(t.pretrained)
+        except OSError as error:
+            price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
+            way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
+            raise OSError(f"{error}: {way}") from error
+    # In a first call transformers installs hooks, which torch.compile could not trace.
+    model.eval().segment(torch.zeros(1, 3, t.height, t.width))
+    device = choose_device(t.device)
+    if device.type == "cuda" and RANKS > 1:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    torch.manual_seed(t.seed + 1000 * RANK)  # processes draw their own dropout
+    return model.train().to(device)
+
+
+def autocast(device, training):
+    enabled = device.type == "cuda" and training.bf16  # open: the paper does not say in what type
+    return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
+
+
+def accelerate(network, batch, training):
+    """Share the work among processes, and spare a GPU its wait for Python between short kernels.
+
+    "graphs" records the kernels of a step and replays them, which begins after seconds;
+    "inductor" also fuses them, which begins after a minute or two a phase and is faster then.
+    """
+    how = training.compile if batch[0].is_cuda else "no"
+    if RANKS > 1:
+        network = network if how == "no" else torch.compile(network)
+        unused = len(batch) > 1  # given its background, the model leaves the autoencoder out
+        return torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
+    if how == "graphs":
+        with autocast(batch[0].device, training):
+            # A copy shares the weights; only its forward is replaced.
+            copied = copy(network)
+            return torch.cuda.make_graphed_callables(copied, tuple(batch), allow_unused_input=True)
+    return torch.compile(network, mode="reduce-overhead") if how == "inductor" else network
 
 
 # ---- The loop ----
 
 
-def build_model(training):
-    """A model of random, or partly pretrained, weights, on the device."""
-    torch.manual_seed(training.seed)
-    model = ASTSeg(Config(**{f.name: getattr(training, f.name) for f in fields(Config)}))
-    if training.transformer and training.refinement_start == "identity":
-        astseg.start_as_identity(model.encoder.refinement)
-    if training.pretrained:
-        model.generator.load_backbone(training.pretrained)
-    # In a first call transformers installs hooks, which torch.compile could not trace.
-    model.eval().segment(torch.zeros(1, 3, training.height, training.width))
-    if GPU and RANKS > 1:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    torch.manual_seed(training.seed + 1000 * RANK)  # processes draw their own dropout
-    return model.train().to(DEVICE)
-
-
-def train(training, folder, resume=False):
-    """The whole curriculum, from the start or a checkpoint, and its results."""
-    t, state = training, dict(phase=0, seconds=0.0, log=[])
-    model = build_model(replace(t, pretrained="") if resume else t)
-    data, val, test = load_data(t, "train", "val", "test")
-    images, count = data.images, len(data.images)
-    for batch in (t.batch, t.background_batch):
-        require(count >= batch, f"{count} training images do not fill a batch of {batch}")
-        require(batch % RANKS == 0, f"{RANKS} processes cannot share a batch of {batch}")
-    if GPU and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
-        images = images.to(DEVICE)  # and later their backgrounds
+def train(training, folder, model, data, val, test, resume=False):
+    """The whole curriculum, from the start or from a checkpoint, and its results."""
+    t, device = training, device_of(model)
+    images, state = data.images, dict(phase=0, seconds=0.0, log=[])
+    if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
+        images = images.to(device)  # and later their backgrounds
     if resume:
         state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
-    elif RANK == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(asdict(t), indent=1))
     started = time.time() - state["seconds"]
 
-    for number, (phase, start, stop) in [*enumerate(curriculum(t))][state["phase"] :]:
+    phases = curriculum(t)
+    for number, (phase, start, stop) in [*enumerate(phases)][state["phase"] :]:
         optimizer = make_optimizer(model, phase, t)
         if resume and number == state["phase"]:
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
-            if RANK == 0:  # the other processes draw their own dropout
-                torch.set_rng_state(state["random"])
-        alone = phase == "background"
-        batch, network = (t.background_batch, model.background) if alone else (t.batch, model)
-        if GPU and t.compile:  # a step is short: without CUDA graphs its kernels wait for Python
-            network = torch.compile(network, mode="reduce-overhead" if RANKS == 1 else None)
-        network = torch.nn.parallel.DistributedDataParallel(network) if RANKS > 1 else network
         arrays = [images]
         if phase == "foreground":  # its background is frozen
-            arrays.append(memorise_backgrounds(model, images, folder / "backgrounds.u8"))
-        print(f"\nphase {number + 1}, {phase}: steps {start} to {stop}\n{LOG_HEAD}")
-        losses, clock = [], time.time()
+            arrays.append(memorise_backgrounds(model, images))
+            save_backgrounds(arrays, folder)
+        if phase == "background":
+            network, batch_size = model.background, t.background_batch
+        else:
+            network, batch_size = model, t.batch
         model.train()
+        network = accelerate(network, load_batch(arrays, start, batch_size, t, device), t)
+        if resume and number == state["phase"] and RANK == 0:  # the others draw their own dropout
+            torch.set_rng_state(state["random"])
+        print(f"\nphase {number + 1} of {len(phases)}, {phase}: steps {start} to {stop}\n{HEAD}")
+        losses, clock, began = [], time.time(), time.time()
         for step in range(start, stop):
             lr = set_learning_rate(optimizer, phase, step, t)
-            x, *behind = load_batch(arrays, step, batch, t)
-            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU and t.bf16):
-                if alone:
-                    loss = astseg.robust_background_loss(x, *network(x))
+            x, *frozen_background = load_batch(arrays, step, batch_size, t, device)
+            with autocast(device, t):
+                if phase == "background":
+                    terms = {"background": astseg.robust_background_loss(x, *network(x))}
                 else:
-                    output = network(x, *behind)
-                    loss = astseg.full_loss(x, output, step, t.entropy_weight, t.entropy_warmup)
+                    output = network(x, *frozen_background)
+                    terms = astseg.full_loss(x, output, step, t.entropy_weight, t.entropy_warmup)
+                loss = sum(terms.values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
             # Plumbing from here on: log, evaluate, save.
-            losses.append(loss.detach())
+            losses.append(torch.stack([*terms.values(), loss]).detach())
             every = t.log_every, t.evaluate_every, t.checkpoint_every
             log, judge, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
             if not (log or judge or save):
                 continue
-            mean = torch.stack(losses).mean().item()
-            line = dict(phase=phase, step=step + 1, lr=lr, loss=mean)
-            line["images/s"] = len(losses) * batch / (time.time() - clock)
+            means = torch.stack(losses).mean(0).tolist()
+            row = dict(phase=phase, step=step + 1, lr=lr) | dict(zip([*terms, "loss"], means))
+            row["images/s"] = len(losses) * batch_size / (time.time() - clock)
+            row["left"] = (stop - step - 1) * (time.time() - began) / (step + 1 - start)
             if RANK == 0:
-                report(model, val if judge and not alone else None, line, state["log"], folder)
+                report(model, val if judge and phase != "background" else None, row, folder, state)
             if RANK == 0 and save:
-                state |= dict(
-                    phase=number, step=step + 1, seconds=time.time() - started,
-                    model=model.state_dict(), optimizer=optimizer.state_dict(),
-                    random=torch.get_rng_state(),
-                )  # fmt: skip
-                torch.save(state, folder / "checkpoint.tmp")
-                os.replace(folder / "checkpoint.tmp", folder / "checkpoint.pt")
+                seconds = time.time() - started
+                state |= dict(phase=number, step=step + 1, seconds=seconds)
+                save_checkpoint(model, optimizer, state, folder)
             losses, clock = [], time.time()
             model.train()
-        if RANK == 0:
-            (folder / "backgrounds.u8").unlink(missing_ok=True)
     if RANK == 0:
         write_results(model, test, state["log"], folder, t.seed, time.time() - started)
     wait()
 
 
-COLUMNS = "step lr loss mIoU ARI-FG foreground active clamped alpha_0 images/s".split()
-LOG_HEAD = "".join(f"{name:>11}" for name in COLUMNS)
+def save_checkpoint(model, optimizer, state, folder):
+    """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
+    state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    state |= dict(random=torch.get_rng_state())
+    with written_whole(folder / "checkpoint.pt") as file:
+        torch.save(state, file)
+    try:
+        model.save_pretrained(folder / "unfinished")
+    except Exception as error:  # safetensors has its own words for a full disk
+        raise OSError(f"{folder}/model could not be written ({cause(error)})") from error
+    (folder / "model").mkdir(exist_ok=True)
+    for path in (folder / "unfinished").iterdir():
+        os.replace(path, folder / "model" / path.name)
 
 
-def report(model, validation, line, log, folder):
-    """Complete a line of the log, print and write it; stop or warn where nothing learns."""
-    failed = f"the loss of {line['phase']} is {line['loss']} by step {line['step']}"
-    if not math.isfinite(line["loss"]):
-        raise FloatingPointError(f"{failed}: lower the rate, or --resume {folder}")
-    line["alpha_0"] = model.renderer.log_alpha_0.exp().mean().item()
+COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left".split()
+HEAD = "".join(f"{name:>10}" for name in COLUMNS)
+
+
+def report(model, validation, row, folder, state):
+    """Complete a row of the log, print and write it; stop or warn where nothing learns."""
+    if not math.isfinite(row["loss"]):
+        flag = "--background_lr" if row["phase"] == "background" else "--lr"
+        seen = f"the loss of phase {row['phase']} is {row['loss']} by step {row['step']}"
+        raise FloatingPointError(f"{seen}: start again with a lower {flag}")
+    row["alpha_0"] = model.renderer.log_alpha_0.exp().item()
     if validation is not None:
-        line |= evaluate(model, validation, 200)
+        row |= evaluate(model, validation, 200)
         rows, _ = picture_rows(model, validation, 4)
-        rows = {f"step {line['step']}": rows.pop("input")} | rows
+        rows = {f"step {row['step']}": rows.pop("input")} | rows
         (folder / "training").mkdir(exist_ok=True)
-        picture_grid(rows, folder / "training" / f"{line['step']:06d}.png")
-    log.append(line)
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    cells = (f"{line[n]:{'' if n == 'step' else '.4g'}}" if n in line else "" for n in COLUMNS)
-    print("".join(f"{cell:>11}" for cell in cells), flush=True)
-    if line.get("foreground", 1) < 0.005:
+        picture_grid(rows, folder / "training" / f"{row['step']:06d}.png")
+    state["log"].append(row)
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in state["log"]))
+    minutes, seconds = divmod(round(row["left"]), 60)
+    cells = row | dict(left=f"{minutes}:{seconds:02d}", step=str(row["step"]))
+    cells = [cells.get(name, "") for name in COLUMNS]
+    print("".join(f"{c if isinstance(c, str) else f'{c:.4g}':>10}" for c in cells))
+    if row.get("foreground", 1) < 0.005:
         print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
-    if line.get("clamped", 0) > 0.5:
+    if row.get("clamped", 0) > 0.5:
         print("warning: most positions are clamped at the border: lower --lr, lengthen --warmup")
 
 
-# ---- Evaluation (section 5.1) and pictures ----
+# ---- Evaluation (section 5.1) ----
 
 METRICS = ("mIoU", "mIoU-FG", "ARI-FG", "MSC-FG", "MSE")
-PALETTE = torch.tensor([(0, 0, 0), *(color_sequences["tab10"] * 26)[:255]])  # 0 the background
 
 
 @torch.no_grad()
 def evaluate(model, data, count=None):
     """Metrics and signs of health, each the mean over the images; without labels MSE alone."""
-    slots, rows = model.eval().config.slots, []
+    slots, device, rows = model.eval().config.slots, device_of(model), []
     for start in range(0, len(data.images[:count]), 50):
-        part = slice(start, start + 50)
-        images = to_float(data.images[part])
+        part = slice(start, min(start + 50, count or len(data.images)))
+        images = data.images[part].to(device).float() / 255
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         row = {
-            "MSE": astseg.squared_error(images, output.reconstruction),
+            "MSE": (images - output.reconstruction).square().sum((1, 2, 3)),
             "foreground": (labels > 0).float().mean((1, 2)),
             "active": F.one_hot(labels, slots + 1).amax((1, 2))[:, 1:].sum(1),
             "clamped": (output.latents.position.abs() == 1).any(2).float().mean(1),
         }
         if data.labels is not None:
-            pair = data.labels[part].to(DEVICE), labels, slots
+            pair = data.labels[part], labels.cpu()
             row["mIoU"], row["mIoU-FG"] = astseg.mean_iou(*pair)
             row["ARI-FG"] = astseg.adjusted_rand_index(*pair)
             row["MSC-FG"] = astseg.segmentation_covering(*pair)
         rows.append(row)
-    return {name: torch.cat([r[name].double().cpu() for r in rows]).mean().item() for name in row}
+    return {name: torch.cat([r[name].cpu().double() for r in rows]).mean().item() for name in row}
 
 
 def print_table(rows):
@@ -369,23 +478,48 @@ def print_table(rows):
         print(f"{name:20}" + "".join(f"{cell:10.2f}" for cell in cells))
 
 
+def write_results(model, data, log, folder, seed, seconds):
+    """The table of a finished run; then metrics.json and its pictures."""
+    metrics = evaluate(model, data)
+    print_table([(f"AST-Seg, seed {seed}", metrics)])
+    print(f"{folder}: {len(data.images)} test images, {seconds:.0f} s in all")
+    facts = dict(images=len(data.images), seconds=round(seconds), seed=seed)
+    results = {name: metrics[name] for name in METRICS if name in metrics} | facts
+    (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+    rows, slots = picture_rows(model, data, 10)
+    picture_grid(rows, folder / "segmentation.png")
+    picture_grid(slots, folder / "slots.png")
+    frames = [Image.open(path) for path in sorted((folder / "training").glob("*.png"))]
+    if frames:
+        options = dict(save_all=True, append_images=frames[1:], duration=500, loop=0)
+        frames[0].save(folder / "training.gif", **options)
+    draw_curves([row for row in log if row["phase"] != "background"], folder / "curves.png")
+
+
+# ---- Pictures ----
+
+PALETTE = torch.tensor([(0, 0, 0), *(color_sequences["tab10"] * 26)[:255]])  # 0 the background
+
+
 @torch.no_grad()
 def picture_rows(model, data, count):
     """Rows of pictures of the first images: as in Figure 2, and of the slots of the first three."""
-    images = to_float(data.images[:count])
-    out, size = model.eval()(images), images.shape[2:]
+    device = device_of(model)
+    images = data.images[:count].to(device).float() / 255
+    size = images.shape[2:]
+    out = model.eval()(images)
     rows, slots = {"input": images}, {}
     if data.labels is not None:
-        rows["truth"] = PALETTE[data.labels[:count].long()].movedim(3, 1)
-    rows["segments"] = PALETTE[out.weights.argmax(1).cpu()].movedim(3, 1)
+        rows["true labels"] = PALETTE[data.labels[:count].long()].movedim(3, 1)
+    rows["segmentation"] = PALETTE[out.weights.argmax(1).cpu()].movedim(3, 1)
     rows |= {"reconstruction": out.reconstruction, "background": out.background}
-    x, y = astseg.normalized_coordinates(*size, DEVICE)
-    places = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, H, W)
-    red = torch.tensor([1.0, 0, 0], device=DEVICE).view(3, 1, 1)
+    x, y = astseg.normalized_coordinates(*size, device)
+    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, H, W)
+    red = torch.tensor([1.0, 0, 0], device=device).view(3, 1, 1)
     for b in range(len(images[:3])):
         attention = out.attention[b, :, None]  # (K, 1, h, w)
         attention = F.interpolate(attention / attention.amax((2, 3), keepdim=True), size)
-        away = (places - out.attention_position[b, :, :, None, None]).norm(dim=1, keepdim=True)
+        away = (pixels - out.attention_position[b, :, :, None, None]).norm(dim=1, keepdim=True)
         color, mask = F.interpolate(out.glimpses[b], size).split([3, 1], dim=1)
         pairs = {
             "attention": (images, attention.where(away > 0.08, red)),  # a spot of soft-argmax
@@ -401,7 +535,7 @@ def picture_grid(rows, path):
     """Save rows {name: pictures (B, 3, H, W) in [0, 1]} as one picture, twice as large."""
     strips = [F.pad(row.cpu(), (1,) * 4, value=1.0) for row in rows.values()]
     grid = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)
-    grid = F.interpolate(F.pad(grid, (50, 0), value=1.0)[None], scale_factor=2)[0]  # names left
+    grid = F.interpolate(F.pad(grid, (55, 0), value=1.0)[None], scale_factor=2)[0]  # names left
     picture = Image.fromarray((grid.clamp(0, 1) * 255).byte().movedim(0, 2).numpy())
     for i, name in enumerate(rows):
         place = (4, (i + 0.4) * picture.height / len(rows))
@@ -409,102 +543,28 @@ def picture_grid(rows, path):
     picture.save(path)
 
 
-def write_results(model, data, log, folder, seed, seconds):
-    """The model, metrics.json and the pictures of a finished run."""
-    model.save_pretrained(folder / "model")
-    metrics = evaluate(model, data)
-    facts = dict(images=len(data.images), seconds=round(seconds), seed=seed)
-    results = {name: metrics[name] for name in METRICS if name in metrics} | facts
-    (folder / "metrics.json").write_text(json.dumps(results, indent=1))
-    rows, slots = picture_rows(model, data, 10)
-    picture_grid(rows, folder / "segmentation.png")
-    picture_grid(slots, folder / "slots.png")
-    steps = [line["step"] for line in log if "MSE" in line]
-    frames = (Image.open(folder / "training" / f"{step:06d}.png") for step in steps)
-    options = dict(save_all=True, append_images=frames, duration=500, loop=0)
-    next(frames).save(folder / "training.gif", **options)
-    axes = Figure().subplots()
-    for name in ("loss", "mIoU", "ARI-FG"):
-        lines = [line for line in log if name in line and line["phase"] != "background"]
-        axes.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
-    axes.set_xlabel("step")
-    axes.legend()
-    axes.figure.savefig(folder / "curves.png")
-    print_table([(f"AST-Seg, seed {seed}", metrics)])
-    print(f"{folder}: {len(data.images)} test images, {seconds:.0f} s in all")
+def save_backgrounds(arrays, folder):
+    """backgrounds.png: what phase 2 takes for the backgrounds of the first ten images."""
+    names = ("input", "background")
+    rows = {name: array[:10].cpu().float() / 255 for name, array in zip(names, arrays)}
+    if RANK == 0:
+        picture_grid(rows, folder / "backgrounds.png")
 
 
-# ---- Use of a trained model ----
+def draw_curves(log, path):
+    """The terms of the loss, and the metrics, by step."""
+    figure = Figure(figsize=(10, 4))
+    panels = figure.subplots(1, 2), (("reconstruction", "entropy"), ("mIoU", "ARI-FG"))
+    for axes, names in zip(*panels):
+        for name in names:
+            rows = [row for row in log if name in row]
+            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+        axes.set_xlabel("step")
+        axes.legend()
+    figure.savefig(path)
 
 
-def load_model(folder):
-    """The trained model of a run folder, in evaluation mode."""
-    done = (folder / "model" / "model.safetensors").exists()
-    require(done, f"{folder} is no folder of a finished run")
-    return ASTSeg.from_pretrained(str(folder / "model"), strict=True).to(DEVICE).eval()
-
-
-@torch.no_grad()
-def segment_files(folder, *paths, output=None):
-    """Write <stem>_labels.png, _overlay.png and _objects.json for each image, one at a time.
-
-    An image is cropped at its centre to the model's aspect; what is reported is in its own pixels.
-    """
-    require(paths, "--segment takes a run folder and then at least one image")
-    once = len({path.stem for path in paths}) == len(paths)
-    require(once, "two images have one name: their results would collide")
-    model, output = load_model(folder), output or folder / "segmented"
-    size = model.config.height, model.config.width
-    for path in paths:
-        image = astseg.open_image(path)
-        box = astseg.centre_crop(image.size, *size)
-        corner, crop = np.array(box[:2]), np.subtract(box[2:], box[:2])  # (x, y) each
-        pixels, _ = astseg.crop_and_resize(image, None, *size)
-        out = model(to_float(torch.from_numpy(pixels)[None]))
-        small = Image.fromarray(out.weights[0].argmax(0).byte().cpu().numpy())
-        picture = Image.new("P", image.size)  # 0, the background, around the crop
-        picture.putpalette((PALETTE * 255).byte().flatten().tolist())
-        picture.paste(small.resize(tuple(crop), Image.Resampling.NEAREST), box)
-        labels = np.array(picture)
-        position, scale, activation, _ = (x[0].cpu().numpy() for x in out.latents)  # (K, ...)
-        position, glimpse_size = corner + (position + 1) / 2 * crop, crop / scale
-        objects = [
-            dict(
-                label=k, position=position[k - 1].tolist(), pixels=(labels == k).sum().item(),
-                glimpse_size=glimpse_size[k - 1].tolist(), activation=activation[k - 1].item(),
-                box=np.subtract(Image.fromarray(labels == k).getbbox(), (0, 0, 1, 1)).tolist(),
-            )
-            for k in np.unique(labels[labels > 0]).tolist()
-        ]  # fmt: skip
-        output.mkdir(parents=True, exist_ok=True)
-        picture.save(output / f"{path.stem}_labels.png")
-        half = Image.fromarray((labels > 0) * np.uint8(128))
-        overlay = Image.composite(picture.convert("RGB"), image, half)
-        overlay.save(output / f"{path.stem}_overlay.png")
-        (output / f"{path.stem}_objects.json").write_text(json.dumps(objects, indent=1))
-        print(f"{path}: {len(objects)} objects -> {output}/{path.stem}_labels.png")
-
-
-def evaluate_runs(folders, part="test", **given):
-    """A row of metrics for each run and, for several, their mean and standard deviation."""
-    if "data" in given:  # the run's own masks belong to its own data
-        given.setdefault("masks", "")
-    rows = []
-    for folder in folders:
-        training = replace(read_settings(folder), **given)
-        (data,) = load_data(training, part)
-        require(data.labels is not None, f"{training.data} has no label maps: name them by --masks")
-        metrics = evaluate(load_model(folder), data)
-        (folder / f"evaluation-{training.dataset}-{part}.json").write_text(json.dumps(metrics))
-        rows.append((folder.name, metrics))
-    if len(rows) > 1:
-        table = {m: [row[m] for _, row in rows] for m in METRICS}
-        rows.append(("mean", {m: np.mean(column) for m, column in table.items()}))
-        rows.append(("deviation", {m: np.std(column, ddof=1) for m, column in table.items()}))
-    print_table(rows)
-
-
-# ---- Command line: a flag for each setting; several processes ----
+# ---- Commands ----
 
 
 def wait():
@@ -514,70 +574,178 @@ def wait():
 
 def read_settings(folder):
     path = folder / "settings.json"
-    require(path.exists(), f"{path} is missing: there is no run in that folder")
-    return Training(**json.loads(path.read_text()))
+    require(path.exists(), f"{folder} holds no run: {path} is missing")
+    try:
+        return Training(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version ({cause(error)})") from error
 
 
-def boolean(text):
-    return bool(("false", "true").index(text.lower()))  # a ValueError for anything else
+def load_model(folder, device):
+    """The model of a run folder, in evaluation mode."""
+    saved = (folder / "model").exists()
+    require(saved, f"{folder} has no model yet: a run saves one with its first checkpoint")
+    return ASTSeg.from_pretrained(folder / "model").to(choose_device(device)).eval()
 
 
-def parse(arguments):
-    """The flags that were given, name -> value."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [--setting value ...]", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )  # fmt: skip
-    for name, count in dict(resume=None, evaluate="+", segment="+", output=None).items():
-        parser.add_argument(f"--{name}", type=Path, nargs=count)
-    parser.add_argument("--part", choices=("test", "val", "train", "all"))
-    parser.add_argument("--preset", choices=("shapes", "small", "paper"))
-    for field in fields(Training):
-        flag, kind, choices = f"--{field.name}", type(field.default), get_args(field.type) or None
-        options = dict(help=f"default {field.default}", metavar=None if choices else "X")
-        if kind is bool:
-            parser.add_argument(flag, type=boolean, nargs="?", const=True, **options)
-            no = dict(dest=field.name, action="store_false", help=argparse.SUPPRESS)
-            parser.add_argument(f"--no_{field.name}", **no)
-        else:
-            parser.add_argument(flag, type=kind, choices=choices, **options)
-    return vars(parser.parse_args(arguments))
+def start(training, folder, resume=False):
+    """Open the doors of a run in the order in which a refusal costs least, and train."""
+    parts = load_data(training, "train", "val", "test")
+    for size in (training.batch, training.background_batch):
+        count = len(parts[0].images)
+        require(count >= size, f"{count} training images do not fill a batch of {size}")
+        require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
+    model = build_model(replace(training, pretrained="") if resume else training)
+    if RANK > 0:
+        return train(training, folder, model, *parts, resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):  # a killed process lets go of it
+            if not resume:
+                refuse_taken(folder)
+                (folder / "settings.json").write_text(json.dumps(asdict(training), indent=1))
+            train(training, folder, model, *parts, resume)
+    except Timeout:
+        raise ValueError(f"{folder} belongs to a run that is going on") from None
+    except KeyboardInterrupt:
+        saved = (folder / "checkpoint.pt").exists()
+        on = f"python train.py resume {folder} goes on from the last checkpoint"
+        sys.exit(f"train.py: interrupted: {on if saved else 'no checkpoint had been saved'}")
+
+
+def refuse_taken(folder):
+    taken = (folder / "settings.json").exists()
+    require(not taken, f"{folder} holds a run: resume {folder}, or name another --output")
+
+
+def training_command(name):
+    """The command of a preset, with a flag for each setting."""
+    preset = PRESETS[name] if name == "shapes" else replace(PRESETS[name], data=tyro.MISSING)
+
+    def command(
+        training: tyro.conf.OmitArgPrefixes[Training] = preset, output: Path = Path("runs", name)
+    ):
+        paths = {n: getattr(training, n) for n in ("data", "masks", "cache")}
+        paths = {n: os.path.abspath(path) if path else "" for n, path in paths.items()}
+        training = replace(training, **paths)
+        device = choose_device(training.device)
+        about = f"{training.dataset} {training.data}".strip()
+        print(f"{name}: {about} on {device}, {RANKS} processes, into {output}")
+        refuse_taken(output)
+        inside = output.absolute().is_relative_to(training.data or "/dev/null")
+        require(not inside, f"{output} is inside the data: name another --output")
+        start(training, output)
+
+    command.__doc__ = f"Train with the preset {name}."
+    return command
+
+
+def resume(run: tyro.conf.Positional[Path]):
+    """Go on from the last checkpoint of a run, with its own settings."""
+    training = read_settings(run)
+    saved = (run / "checkpoint.pt").exists()
+    print(f"resume {run} on {choose_device(training.device)}{'' if saved else ', from its start'}")
+    start(training, run, resume=True)
+
+
+def evaluate_runs(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    part: Literal["test", "val", "train", "all"] = "test",
+    dataset: str = "",
+    data: str = "",
+    masks: str = "",
+    device: Device = "auto",
+):
+    """Print the metrics of each run and, of several, their mean and standard deviation.
+
+    Args:
+        runs: folders of runs
+        part: part of the data to evaluate on
+        dataset: another data set than the run's own
+        data: its folder or file
+        masks: its label maps
+        device: auto is cuda where there is one, else cpu
+    """
+    given = {name: value for name, value in dict(dataset=dataset, data=data).items() if value}
+    if data or masks:  # the run's own masks belong to its own data
+        given["masks"] = masks
+    rows = []
+    for folder in runs:
+        training = replace(read_settings(folder), **given)
+        (images,) = load_data(training, part)
+        labelled = images.labels is not None
+        require(labelled, f"{training.data} has no label maps: name them by --masks")
+        metrics = evaluate(load_model(folder, device), images)
+        (folder / f"evaluation-{training.dataset}-{part}.json").write_text(json.dumps(metrics))
+        rows.append((folder.name, metrics))
+    if len(rows) > 1:
+        table = {m: [row[m] for _, row in rows] for m in METRICS}
+        rows.append(("mean", {m: np.mean(column) for m, column in table.items()}))
+        rows.append(("deviation", {m: np.std(column, ddof=1) for m, column in table.items()}))
+    print_table(rows)
+
+
+def segment_files(
+    run: tyro.conf.Positional[Path],
+    images: tyro.conf.Positional[tuple[Path, ...]],
+    output: Path | None = None,
+    device: Device = "auto",
+):
+    """Write <stem>_labels.png and <stem>_overlay.png for each image, cropped to the model's aspect.
+
+    Args:
+        run: folder of a run
+        images: PNG, JPEG or WebP files
+        output: folder to write to, by default segmented/ in the run's
+        device: auto is cuda where there is one, else cpu
+    """
+    require(images, "segment takes a run folder and then at least one image")
+    once = len({path.stem for path in images}) == len(images)
+    require(once, "two images have one name: their results would collide")
+    model, output, bad = load_model(run, device), output or run / "segmented", 0
+    for path in images:
+        try:
+            image = astseg.open_image(path)
+        except (OSError, ValueError) as error:
+            print(f"train.py: {error}; passed over", file=sys.stderr)
+            bad += 1
+            continue
+        box = astseg.centre_crop(image.size, model.config.height, model.config.width)
+        pixels, _ = astseg.crop_and_resize(image, None, model.config.height, model.config.width)
+        pixels = torch.tensor(pixels, device=device_of(model))[None] / 255
+        labels = Image.fromarray(model.segment(pixels)[0].byte().cpu().numpy())
+        picture = Image.new("P", image.size)  # 0, the background, around the crop
+        picture.putpalette((PALETTE * 255).byte().flatten().tolist())
+        crop = box[2] - box[0], box[3] - box[1]
+        picture.paste(labels.resize(crop, Image.Resampling.NEAREST), box)
+        half = picture.point(lambda label: 128 * (label > 0), "L")
+        output.mkdir(parents=True, exist_ok=True)
+        picture.save(output / f"{path.stem}_labels.png")
+        overlay = Image.composite(picture.convert("RGB"), image, half)
+        overlay.save(output / f"{path.stem}_overlay.png")
+        objects = len(np.unique(labels)) - (0 in np.asarray(labels))
+        print(f"{path}: {objects} objects -> {output}/{path.stem}_labels.png")
+    require(not bad, f"{bad} of {len(images)} images could not be read")
 
 
 def main(arguments=None):
-    given = parse(arguments)
-    given |= {n: os.path.abspath(given[n]) for n in ("data", "masks", "cache") if given.get(n)}
-    flags = dict(resume=[], segment=["output"], evaluate="part dataset data masks cache".split())
-    for command in flags.keys() & given.keys():
-        wrong = given.keys() - {command, *flags[command]}
-        require(not wrong, f"--{command} takes the run's own settings: leave out {sorted(wrong)}")
-    if "segment" in given:
-        return segment_files(*given["segment"], output=given.get("output"))
-    if "evaluate" in given:
-        return evaluate_runs(given.pop("evaluate"), **given)
-    if "resume" in given:
-        folder = given["resume"]
-        require((folder / "checkpoint.pt").exists(), f"{folder} has no checkpoint to resume from")
-        return train(read_settings(folder), folder, resume=True)
-    require("part" not in given, "--part is for --evaluate only")
-    dataset = given.get("dataset", "shapes")
-    folder = given.pop("output", Path("runs", dataset))
-    exists = (folder / "checkpoint.pt").exists()
-    require(not exists, f"{folder} holds a run: --resume it, or name another --output")
-    inside = folder.absolute().is_relative_to(given.get("data") or "/dev/null")
-    require(not inside, f"{folder} is inside the data: name another --output")
-    paper = dict(background_steps=2500) if dataset == "clevr" else {}
-    presets = dict(shapes=SHAPES, small=SMALL, paper=paper | PAPER_SETTINGS.get(dataset, {}))
-    preset = presets[given.pop("preset", "shapes" if dataset == "shapes" else "paper")]
-    train(Training(**preset | given), folder)
+    arguments = sys.argv[1:] if arguments is None else [str(a) for a in arguments]
+    if not arguments or (arguments[0][:1] == "-" and arguments[0] not in ("-h", "--help")):
+        arguments = ["shapes", *arguments]
+    commands = {name: training_command(name) for name in PRESETS}
+    commands |= dict(resume=resume, evaluate=evaluate_runs, segment=segment_files)
+    tyro.extras.subcommand_cli_from_dict(
+        commands, args=arguments, prog="train.py", description=__doc__, use_underscores=True
+    )
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be no UTF-8
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no such thing
+        # Names of files may be no UTF-8.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     if RANKS > 1:
-        if GPU:
-            torch.cuda.set_device(DEVICE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group(timeout=timedelta(days=1))  # the first one may decode for hours
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
@@ -585,5 +753,3 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; a run goes on from its last checkpoint by --resume")
