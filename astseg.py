@@ -1185,18 +1185,21 @@ def tenth(count):
 def prepare(dataset, data, masks, height, width):
     """Decode a data set -> images, labels, sizes of the parts, most labels, what was taken."""
     reader, crop, label_at = DATASETS[dataset]
-    notes, images, maps, parts = [], [], [], []
+    notes, parts = [], []
+    images, maps = bytearray(), bytearray()  # millions of images hardly fit twice
     for image, labels, part in reader(data, masks, notes):
         pixels, labels = crop_and_resize(image, labels, height, width, crop, label_at)
-        images.append(pixels)
+        images += pixels.tobytes()
         parts.append(part)
         if labels is not None:
             low, high = labels.min(), labels.max()
             fits = 0 <= low and high <= 255
-            require(fits, f"image {len(images)} has labels {low}..{high}, not 0..255: soft edges?")
-            maps.append(labels.astype(np.uint8))
-    number = len(images)
+            require(fits, f"image {len(parts)} has labels {low}..{high}, not 0..255: soft edges?")
+            maps += labels.astype(np.uint8).tobytes()
+    number = len(parts)
     require(number > 2, f"{data} holds {number} images of {dataset}: three parts need three")
+    images = np.frombuffer(images, np.uint8).reshape(-1, 3, height, width)
+    maps = np.frombuffer(maps, np.uint8).reshape(-1, height, width)
     require(len(maps) in (0, number), f"{data} has {len(maps)} label maps for {number} images")
     if set(parts) == {""}:
         n = tenth(number)
@@ -1204,11 +1207,12 @@ def prepare(dataset, data, masks, height, width):
     unknown = set(parts) - set(PARTS)
     require(not unknown, f"{dataset} yields parts {unknown}: use {PARTS}, or '' for all images")
     order = sorted(range(number), key=lambda n: PARTS.index(parts[n]))
-    images = np.stack([images[n] for n in order])
+    if order != [*range(number)]:
+        images = images[order]
+        maps = maps[order] if len(maps) else maps
     taken = f"{dataset} {data}: {number} images, mean brightness {images.mean() / 255:.2f}"
     objects = [0]
-    if maps:
-        maps = np.stack([maps[n] for n in order])
+    if len(maps):
         objects = [np.unique(labels[labels > 0]).size for labels in maps]
         empty = (maps == 0).mean()
         fits = 0 < empty < 1 or dataset != "folder"  # a published set may have no object

@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
@@ -77,7 +78,7 @@ class Training(Config):
     train_images: int = 10_000  # how many shapes are drawn for training
     device: Device = "auto"  # auto is cuda where there is one, else cpu
     bf16: bool = True  # mixed precision, on cuda
-    compile: Literal["graphs", "inductor", "no"] = "graphs"  # on cuda; see accelerate()
+    cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
     seed: OrZero[int] = 0  # of weights, order of images, dropout
     log_every: int = 100  # steps between rows of the log
     evaluate_every: int = 500  # steps between evaluations on the validation part
@@ -293,7 +294,7 @@ def build_model(training):
             price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
             way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
             raise OSError(f"{error}: {way}") from error
-    # In a first call transformers installs hooks, which torch.compile could not trace.
+    # In a first call transformers installs hooks, which have no place in a recorded step.
     model.eval().segment(torch.zeros(1, 3, t.height, t.width))
     device = choose_device(t.device)
     if device.type == "cuda" and RANKS > 1:
@@ -308,34 +309,33 @@ def autocast(device, training):
 
 
 def accelerate(network, batch, training):
-    """Share the work among processes, and spare a GPU its wait for Python between short kernels.
-
-    "graphs" records the kernels of a step and replays them, which begins after seconds;
-    "inductor" also fuses them, which begins after a minute or two a phase and is faster then.
-    """
-    how = training.compile if batch[0].is_cuda else "no"
+    """Share the work among processes, or spare a GPU its wait for Python between short kernels."""
     if RANKS > 1:
-        network = network if how == "no" else torch.compile(network)
-        unused = len(batch) > 1  # given its background, the model leaves the autoencoder out
+        # Given its background, the model leaves the autoencoder out.
+        unused = len(batch) > 1
         return torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
-    if how == "graphs":
-        with autocast(batch[0].device, training):
-            # A copy shares the weights; only its forward is replaced.
-            copied = copy(network)
-            return torch.cuda.make_graphed_callables(copied, tuple(batch), allow_unused_input=True)
-    return torch.compile(network, mode="reduce-overhead") if how == "inductor" else network
+    if not (batch[0].is_cuda and training.cuda_graphs):
+        return network
+    # The recording makes gradients on a stream of its own, which is meant so.
+    warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    with autocast(batch[0].device, training):
+        # A copy shares the weights; only its forward is replaced by the recorded one.
+        network = copy(network)
+        return torch.cuda.make_graphed_callables(network, tuple(batch), allow_unused_input=True)
 
 
 # ---- The loop ----
 
 
-def train(training, folder, model, data, val, test, resume=False):
-    """The whole curriculum, from the start or from a checkpoint, and its results."""
+def train(training, folder, model, data, val, test):
+    """The whole curriculum, from the start or from the folder's checkpoint, and its results."""
     t, device = training, device_of(model)
-    images, state = data.images, dict(phase=0, seconds=0.0, log=[])
+    images = data.images
+    state = dict(phase=0, step=0, seconds=0.0, log=[])
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(device)  # and later their backgrounds
-    if resume:
+    resumed = (folder / "checkpoint.pt").exists()
+    if resumed:
         state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
     started = time.time() - state["seconds"]
@@ -343,20 +343,22 @@ def train(training, folder, model, data, val, test, resume=False):
     phases = curriculum(t)
     for number, (phase, start, stop) in [*enumerate(phases)][state["phase"] :]:
         optimizer = make_optimizer(model, phase, t)
-        if resume and number == state["phase"]:
+        resumed = resumed and number == state["phase"]
+        if resumed:
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
         arrays = [images]
         if phase == "foreground":  # its background is frozen
             arrays.append(memorise_backgrounds(model, images))
-            save_backgrounds(arrays, folder)
+            rows = dict(zip(("input", "background"), (a[:10].cpu() / 255 for a in arrays)))
+            picture_grid(rows, folder / "backgrounds.png")
         if phase == "background":
             network, batch_size = model.background, t.background_batch
         else:
             network, batch_size = model, t.batch
         model.train()
         network = accelerate(network, load_batch(arrays, start, batch_size, t, device), t)
-        if resume and number == state["phase"] and RANK == 0:  # the others draw their own dropout
+        if resumed and RANK == 0:  # the other processes draw their own dropout
             torch.set_rng_state(state["random"])
         print(f"\nphase {number + 1} of {len(phases)}, {phase}: steps {start} to {stop}\n{HEAD}")
         losses, clock, began = [], time.time(), time.time()
@@ -377,18 +379,18 @@ def train(training, folder, model, data, val, test, resume=False):
             # Plumbing from here on: log, evaluate, save.
             losses.append(torch.stack([*terms.values(), loss]).detach())
             every = t.log_every, t.evaluate_every, t.checkpoint_every
-            log, judge, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
-            if not (log or judge or save):
+            log, evaluate_now, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
+            if not (log or evaluate_now or save):
                 continue
             means = torch.stack(losses).mean(0).tolist()
             row = dict(phase=phase, step=step + 1, lr=lr) | dict(zip([*terms, "loss"], means))
             row["images/s"] = len(losses) * batch_size / (time.time() - clock)
             row["left"] = (stop - step - 1) * (time.time() - began) / (step + 1 - start)
             if RANK == 0:
-                report(model, val if judge and phase != "background" else None, row, folder, state)
+                validation = val if evaluate_now and phase != "background" else None
+                report(model, validation, row, folder, state)
             if RANK == 0 and save:
-                seconds = time.time() - started
-                state |= dict(phase=number, step=step + 1, seconds=seconds)
+                state |= dict(phase=number, step=step + 1, seconds=time.time() - started)
                 save_checkpoint(model, optimizer, state, folder)
             losses, clock = [], time.time()
             model.train()
@@ -413,7 +415,7 @@ def save_checkpoint(model, optimizer, state, folder):
 
 
 COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left".split()
-HEAD = "".join(f"{name:>10}" for name in COLUMNS)
+HEAD = "".join(f"{name:>11}" for name in COLUMNS)
 
 
 def report(model, validation, row, folder, state):
@@ -434,7 +436,7 @@ def report(model, validation, row, folder, state):
     minutes, seconds = divmod(round(row["left"]), 60)
     cells = row | dict(left=f"{minutes}:{seconds:02d}", step=str(row["step"]))
     cells = [cells.get(name, "") for name in COLUMNS]
-    print("".join(f"{c if isinstance(c, str) else f'{c:.4g}':>10}" for c in cells))
+    print("".join(f"{c if isinstance(c, str) else f'{c:.4g}':>11}" for c in cells))
     if row.get("foreground", 1) < 0.005:
         print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
     if row.get("clamped", 0) > 0.5:
@@ -493,7 +495,7 @@ def write_results(model, data, log, folder, seed, seconds):
     if frames:
         options = dict(save_all=True, append_images=frames[1:], duration=500, loop=0)
         frames[0].save(folder / "training.gif", **options)
-    draw_curves([row for row in log if row["phase"] != "background"], folder / "curves.png")
+    draw_curves(log, folder / "curves.png")
 
 
 # ---- Pictures ----
@@ -543,22 +545,15 @@ def picture_grid(rows, path):
     picture.save(path)
 
 
-def save_backgrounds(arrays, folder):
-    """backgrounds.png: what phase 2 takes for the backgrounds of the first ten images."""
-    names = ("input", "background")
-    rows = {name: array[:10].cpu().float() / 255 for name, array in zip(names, arrays)}
-    if RANK == 0:
-        picture_grid(rows, folder / "backgrounds.png")
-
-
 def draw_curves(log, path):
-    """The terms of the loss, and the metrics, by step."""
+    """The terms of the loss on the left, the metrics on the right, by step of phases 2 and 3."""
+    log = [row for row in log if row["phase"] != "background"]
     figure = Figure(figsize=(10, 4))
-    panels = figure.subplots(1, 2), (("reconstruction", "entropy"), ("mIoU", "ARI-FG"))
-    for axes, names in zip(*panels):
-        for name in names:
-            rows = [row for row in log if name in row]
-            axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+    left, right = figure.subplots(1, 2)
+    curves = {"reconstruction": left, "entropy": left, "mIoU": right, "ARI-FG": right}
+    for name, axes in curves.items():
+        points = [(row["step"], row[name]) for row in log if name in row]
+        axes.plot(*zip(*points), label=name)
         axes.set_xlabel("step")
         axes.legend()
     figure.savefig(path)
@@ -588,6 +583,13 @@ def load_model(folder, device):
     return ASTSeg.from_pretrained(folder / "model").to(choose_device(device)).eval()
 
 
+TAKEN = "{0} holds a run: go on by `train.py resume {0}`, or name another --output"
+
+
+def is_free(folder):
+    return not (folder / "settings.json").exists()
+
+
 def start(training, folder, resume=False):
     """Open the doors of a run in the order in which a refusal costs least, and train."""
     parts = load_data(training, "train", "val", "test")
@@ -595,27 +597,23 @@ def start(training, folder, resume=False):
         count = len(parts[0].images)
         require(count >= size, f"{count} training images do not fill a batch of {size}")
         require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
-    model = build_model(replace(training, pretrained="") if resume else training)
+    saved = (folder / "checkpoint.pt").exists()
+    model = build_model(replace(training, pretrained="") if saved else training)
     if RANK > 0:
-        return train(training, folder, model, *parts, resume)
+        return train(training, folder, model, *parts)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0):  # a killed process lets go of it
             if not resume:
-                refuse_taken(folder)
+                require(is_free(folder), TAKEN.format(folder))
                 (folder / "settings.json").write_text(json.dumps(asdict(training), indent=1))
-            train(training, folder, model, *parts, resume)
+            train(training, folder, model, *parts)
     except Timeout:
         raise ValueError(f"{folder} belongs to a run that is going on") from None
     except KeyboardInterrupt:
         saved = (folder / "checkpoint.pt").exists()
-        on = f"python train.py resume {folder} goes on from the last checkpoint"
-        sys.exit(f"train.py: interrupted: {on if saved else 'no checkpoint had been saved'}")
-
-
-def refuse_taken(folder):
-    taken = (folder / "settings.json").exists()
-    require(not taken, f"{folder} holds a run: resume {folder}, or name another --output")
+        on = "goes on from its last checkpoint" if saved else "begins anew: nothing was saved yet"
+        sys.exit(f"train.py: interrupted; python train.py resume {folder} {on}")
 
 
 def training_command(name):
@@ -631,7 +629,7 @@ def training_command(name):
         device = choose_device(training.device)
         about = f"{training.dataset} {training.data}".strip()
         print(f"{name}: {about} on {device}, {RANKS} processes, into {output}")
-        refuse_taken(output)
+        require(is_free(output), TAKEN.format(output))
         inside = output.absolute().is_relative_to(training.data or "/dev/null")
         require(not inside, f"{output} is inside the data: name another --output")
         start(training, output)
@@ -643,8 +641,7 @@ def training_command(name):
 def resume(run: tyro.conf.Positional[Path]):
     """Go on from the last checkpoint of a run, with its own settings."""
     training = read_settings(run)
-    saved = (run / "checkpoint.pt").exists()
-    print(f"resume {run} on {choose_device(training.device)}{'' if saved else ', from its start'}")
+    print(f"resume {run} on {choose_device(training.device)}")
     start(training, run, resume=True)
 
 
@@ -656,18 +653,13 @@ def evaluate_runs(
     masks: str = "",
     device: Device = "auto",
 ):
-    """Print the metrics of each run and, of several, their mean and standard deviation.
+    """Metrics of each run and, of several, their mean and standard deviation.
 
-    Args:
-        runs: folders of runs
-        part: part of the data to evaluate on
-        dataset: another data set than the run's own
-        data: its folder or file
-        masks: its label maps
-        device: auto is cuda where there is one, else cpu
+    They are those of the run's own data, unless dataset, data and masks name others.
     """
+    require(runs, "evaluate takes at least one run folder")
     given = {name: value for name, value in dict(dataset=dataset, data=data).items() if value}
-    if data or masks:  # the run's own masks belong to its own data
+    if given or masks:  # the run's own masks belong to its own data
         given["masks"] = masks
     rows = []
     for folder in runs:
@@ -691,13 +683,9 @@ def segment_files(
     output: Path | None = None,
     device: Device = "auto",
 ):
-    """Write <stem>_labels.png and <stem>_overlay.png for each image, cropped to the model's aspect.
+    """Write <stem>_labels.png and <stem>_overlay.png of each image, by default into the run.
 
-    Args:
-        run: folder of a run
-        images: PNG, JPEG or WebP files
-        output: folder to write to, by default segmented/ in the run's
-        device: auto is cuda where there is one, else cpu
+    The model sees the largest centre crop of its own aspect; around it labels are 0.
     """
     require(images, "segment takes a run folder and then at least one image")
     once = len({path.stem for path in images}) == len(images)
