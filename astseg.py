@@ -498,20 +498,23 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
 
     def __init__(self, config: Config):
         super().__init__()
-        c = config
         self.config = config
-        dim_scale = 2 if c.anisotropic else 1
-        dim = dim_scale + 1 + c.dim_z_what  # D: scaling factor, activation, z_what
-        self.generator = GENERATORS[c.generator](c.slots + dim, c)
-        widths = c.dim_transformer, c.transformer_heads, c.dim_feedforward, c.transformer_layers
-        refinement = Refinement(dim + 2, *widths, c.dropout) if c.transformer else None
-        bounds = c.scale_min, c.scale_max
-        self.encoder = Encoder(c.slots, dim_scale, c.dim_z_what, *bounds, refinement)
-        size = c.height, c.width
+        dim_scale = 2 if config.anisotropic else 1
+        dim = dim_scale + 1 + config.dim_z_what  # D: scaling factor, activation, z_what
+        self.generator = GENERATORS[config.generator](config.slots + dim, config)
+        refinement = None
+        if config.transformer:
+            widths = config.dim_transformer, config.transformer_heads, config.dim_feedforward
+            depth = config.transformer_layers
+            refinement = Refinement(dim + 2, *widths, depth, config.dropout)
+        bounds = config.scale_min, config.scale_max
+        self.encoder = Encoder(config.slots, dim_scale, config.dim_z_what, *bounds, refinement)
+        size = config.height, config.width
         glimpse = 32 if max(size) <= 64 else 64  # open: G is 64 above 128 px too (Table 7)
-        alpha_0 = c.log_alpha_0, c.alpha_0_per_pixel
-        self.renderer = Renderer(*size, c.dim_z_what, glimpse, *alpha_0)
-        self.background = BackgroundAutoencoder(*size, c.background_kind, c.background_width)
+        alpha_0 = config.log_alpha_0, config.alpha_0_per_pixel
+        self.renderer = Renderer(*size, config.dim_z_what, glimpse, *alpha_0)
+        kind = config.background_kind, config.background_width
+        self.background = BackgroundAutoencoder(*size, *kind)
 
     def forward(self, images, background=None):
         """images (B, 3, H, W) in [0, 1] and, if it is known, their background -> Output."""
@@ -767,8 +770,12 @@ class UNetGenerator(nn.Module):
 # Name of a generator -> what makes it, given its channels (K + D, the K logit maps first) and the
 # Config. A fork's own is a line here.
 GENERATORS = {
-    "segformer": lambda channels, c: SegformerGenerator(channels, c.backbone, c.dropout),
-    "unet": lambda channels, c: UNetGenerator(channels, c.height, c.width, c.unet_width),
+    "segformer": lambda channels, config: SegformerGenerator(
+        channels, config.backbone, config.dropout
+    ),
+    "unet": lambda channels, config: UNetGenerator(
+        channels, config.height, config.width, config.unet_width
+    ),
 }
 
 

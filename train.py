@@ -583,11 +583,10 @@ def load_model(folder, device):
     return ASTSeg.from_pretrained(folder / "model").to(choose_device(device)).eval()
 
 
-TAKEN = "{0} holds a run: go on by `train.py resume {0}`, or name another --output"
-
-
-def is_free(folder):
-    return not (folder / "settings.json").exists()
+def refuse_taken(folder):
+    taken = (folder / "settings.json").exists()
+    way = f"go on by `train.py resume {folder}`, or name another --output"
+    require(not taken, f"{folder} holds a run: {way}")
 
 
 def start(training, folder, resume=False):
@@ -605,7 +604,7 @@ def start(training, folder, resume=False):
     try:
         with FileLock(folder / ".lock", timeout=0):  # a killed process lets go of it
             if not resume:
-                require(is_free(folder), TAKEN.format(folder))
+                refuse_taken(folder)
                 (folder / "settings.json").write_text(json.dumps(asdict(training), indent=1))
             train(training, folder, model, *parts)
     except Timeout:
@@ -623,13 +622,13 @@ def training_command(name):
     def command(
         training: tyro.conf.OmitArgPrefixes[Training] = preset, output: Path = Path("runs", name)
     ):
-        paths = {n: getattr(training, n) for n in ("data", "masks", "cache")}
-        paths = {n: os.path.abspath(path) if path else "" for n, path in paths.items()}
-        training = replace(training, **paths)
+        given = {name: getattr(training, name) for name in ("data", "masks", "cache")}
+        given = {name: os.path.abspath(path) for name, path in given.items() if path}
+        training = replace(training, **given)
+        source = f"{training.dataset} {training.data}".strip()
         device = choose_device(training.device)
-        about = f"{training.dataset} {training.data}".strip()
-        print(f"{name}: {about} on {device}, {RANKS} processes, into {output}")
-        require(is_free(output), TAKEN.format(output))
+        print(f"{name}: {source} on {device}, processes: {RANKS}, output: {output}")
+        refuse_taken(output)
         inside = output.absolute().is_relative_to(training.data or "/dev/null")
         require(not inside, f"{output} is inside the data: name another --output")
         start(training, output)
@@ -741,3 +740,5 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted before there was anything to save")
