@@ -590,14 +590,14 @@ def refuse_taken(folder):
 
 
 def start(training, folder, resume=False):
-    """Open the doors of a run in the order in which a refusal costs least, and train."""
+    """Open the doors of a run, those first that cost least, and train."""
+    saved = (folder / "checkpoint.pt").exists()
+    model = build_model(replace(training, pretrained="") if saved else training)
     parts = load_data(training, "train", "val", "test")
     for size in (training.batch, training.background_batch):
         count = len(parts[0].images)
         require(count >= size, f"{count} training images do not fill a batch of {size}")
         require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
-    saved = (folder / "checkpoint.pt").exists()
-    model = build_model(replace(training, pretrained="") if saved else training)
     if RANK > 0:
         return train(training, folder, model, *parts)
     folder.mkdir(parents=True, exist_ok=True)
@@ -629,6 +629,8 @@ def training_command(name):
         device = choose_device(training.device)
         print(f"{name}: {source} on {device}, processes: {RANKS}, output: {output}")
         refuse_taken(output)
+        if training.data:
+            os.stat(training.data)  # raises FileNotFoundError
         inside = output.absolute().is_relative_to(training.data or "/dev/null")
         require(not inside, f"{output} is inside the data: name another --output")
         start(training, output)
