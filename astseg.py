@@ -4,8 +4,9 @@ Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271. [38] is their earlie
 backgrounds, arXiv 2112.08001. From unlabelled images alone the model finds each object, says
 where it is, what it looks like and which pixels are its own.
 
-Letters: B batch, K slots, H W image, h w feature map, C channels, G side of a glimpse, D width of a
-slot's features (the paper's d_Phi), Z width of z_what. One batch, from images to loss:
+Letters: B batch, K slots (the paper's object queries), H W image (its h, w), h w feature map (its
+h*, w*), C channels, D width of a slot's features (its d_Phi), Z width of z_what, G side of a
+glimpse (the small picture of an object), N any number. One batch, from images to loss:
 
     images (B, 3, H, W)
      |-- generator ------------------> K logit maps (B, K, h, w), features Phi (B, D, h, w)
@@ -32,8 +33,9 @@ slot's features (the paper's d_Phi), Z width of z_what. One batch, from images t
     section 4.1, [38]         BackgroundAutoencoder
     Table 6, Figure 1         Config, ASTSeg
     section 4.2, (19)-(21)    reconstruction_loss, pixel_entropy_loss
-    section 4.2, (22)         quadratic_warmup, full_loss, learning_rate
-    section 4.1, [38]         robust_background_loss
+    section 4.2, (22)         quadratic_warmup, full_loss
+    section 5.1, Table 6      learning_rate
+    section 4.2.2, [38]       robust_background_loss
     section 5.1               mean_iou, adjusted_rand_index, segmentation_covering
     Table 8                   UNetGenerator
 
@@ -47,7 +49,7 @@ set to DATASETS.
 import math
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Callable, Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Callable, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -155,16 +157,17 @@ def normalized_coordinates(height, width, device=None):
     edges of the image. At x = 1 that is a gap of half a cell, or 2 pixels with the Segformer, and
     in proportion elsewhere. The refinement can learn to close it.
     """
-    i = torch.arange(width, device=device)  # from 0, where the paper counts from 1
+    i = torch.arange(width, device=device)
     j = torch.arange(height, device=device)
-    # As printed, x = 2 i / (w - 1) - 1; over one denominator a single cell comes out at 0.
+    # The paper's 2 (i - 1) / (w - 1) - 1 with i from 0, over one denominator, so that a single cell
+    # comes out at 0.
     x = (2 * i - (width - 1)) / max(1, width - 1)  # eq. (12)
     y = (2 * j - (height - 1)) / max(1, height - 1)  # eq. (13)
     return x, y
 
 
 class Latents(NamedTuple):
-    """What the encoder says of each slot."""
+    """The encoder's result for each slot."""
 
     position: Tensor  # (B, K, 2), (x_k, y_k) in [-1, 1]
     scale: Tensor  # (B, K, 2), inverse scaling factors (s_k^x, s_k^y) in [s_min, s_max]
@@ -173,15 +176,18 @@ class Latents(NamedTuple):
 
 
 class Refinement(nn.Module):
-    """Transformer encoder over the slots, without positions: (B, K, D + 2) -> (B, K, D + 2)."""
+    """Transformer encoder over the slots: (B, K, D + 2) -> (B, K, D + 2).
 
-    def __init__(self, dim, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
+    There is no positional encoding, so that the order of the slots does not matter.
+    """
+
+    def __init__(self, dim_slot, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
         super().__init__()
-        # open: PyTorch's stock layer: norm after the residual, ReLU; all copies start alike
+        # open: PyTorch's layer: norm after the residual, ReLU; all copies start alike
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
-        self.embedding = nn.Linear(dim, width)
+        self.embedding = nn.Linear(dim_slot, width)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.projection = nn.Linear(width, dim)
+        self.projection = nn.Linear(width, dim_slot)
 
     def forward(self, slots):
         return self.projection(self.transformer(self.embedding(slots)))  # (B, K, D + 2)
@@ -189,7 +195,7 @@ class Refinement(nn.Module):
 
 @torch.no_grad()
 def start_as_identity(refinement):
-    """Let a Refinement begin as the identity, since its stock start takes thousands of steps.
+    """Let a Refinement begin as the identity: PyTorch's start idles for thousands of steps.
 
     First, the last linear map of each attention and each MLP is zero, so that a layer adds nothing
     and only its norms remain. Second, the embedding adds a bias of 1, -1, 1, ..., beside which a
@@ -198,16 +204,17 @@ def start_as_identity(refinement):
     a norm removes, so that the transposed embedding reads the slot back.
     """
     # differs: the paper keeps PyTorch's start; at its 125 000 steps there is time for it
-    width, dim = refinement.embedding.weight.shape
-    require(width > dim + 1, f"dim_transformer is {width}: the identity start needs {dim + 2}")
+    width, dim_slot = refinement.embedding.weight.shape
+    needed = dim_slot + 2
+    require(width >= needed, f"dim_transformer is {width}: the identity start needs {needed}")
     for layer in refinement.transformer.layers:
         for last in (layer.self_attn.out_proj, layer.linear2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
     mean = torch.ones(width)
     bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
-    frame = torch.column_stack((mean, bias, torch.randn(width, dim)))
-    basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, dim)
+    frame = torch.column_stack((mean, bias, torch.randn(width, dim_slot)))
+    basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, D + 2)
     refinement.embedding.weight.copy_(basis)
     refinement.embedding.bias.copy_(bias)
     refinement.projection.weight.copy_(basis.T)
@@ -230,7 +237,7 @@ class Encoder(nn.Module):
         self.split_sizes = [2, dim_scale, 1, dim_z_what]  # open: order (x, y), s, alpha, z_what
 
     def forward(self, feature_maps):
-        """(B, K + D, h, w), K logit maps and then Phi -> Latents, (B, K, h, w), (B, K, 2)."""
+        """Logits, Phi (B, K + D, h, w) -> Latents, attention (B, K, h, w), position (B, K, 2)."""
         logits, features = feature_maps.tensor_split([self.slots], dim=1)  # K and D channels
         x, y = normalized_coordinates(*features.shape[-2:], device=features.device)
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
@@ -238,12 +245,12 @@ class Encoder(nn.Module):
         position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
         # One matrix product per image, (B, K, h w) times (B, h w, D).
         pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
-        columns = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
-        return self.name_columns(columns), attention, position
+        refined = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
+        return self.split_latents(refined), attention, position
 
-    def name_columns(self, columns):
+    def split_latents(self, refined):
         """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
-        position, scale, activation, z_what = columns.split(self.split_sizes, dim=-1)
+        position, scale, activation, z_what = refined.split(self.split_sizes, dim=-1)
         # The clamp has no gradient outside: a position that is driven there by too high a
         # learning rate stays there. The column "clamped" of the log counts such positions.
         position = position.clamp(-1, 1)  # (B, K, 2)
@@ -261,14 +268,15 @@ class GlimpseGenerator(nn.Module):
 
     def __init__(self, dim_z_what=32, size=64):
         super().__init__()
+        channels = [2 * size]  # 2 G, G, ..., 8, 4: colours and mask at the end
+        while channels[-1] > 4:
+            channels.append(channels[-1] // 2)
         # Table 7 prints stride 2 for the first layer, which does nothing on a single pixel.
-        channels = 2 * size
-        layers = [nn.ConvTranspose2d(dim_z_what, channels, 2, bias=False)]  # 1 x 1 -> 2 x 2
-        while channels > 4:  # 2 G, G, ..., 8, 4; each layer doubles the side
-            bias = channels == 8  # open: the last layer alone has one
-            layers += [nn.GroupNorm(max(1, channels // 16), channels), nn.CELU()]
-            layers += [nn.ConvTranspose2d(channels, channels // 2, 4, 2, 1, bias=bias)]
-            channels //= 2
+        layers = [nn.ConvTranspose2d(dim_z_what, channels[0], 2, bias=False)]  # 1 x 1 -> 2 x 2
+        for c_in, c_out in zip(channels, channels[1:]):  # each layer doubles the side
+            bias = c_out == 4  # open: the last layer alone has one
+            layers += [nn.GroupNorm(max(1, c_in // 16), c_in), nn.CELU()]
+            layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=bias)]
         self.layers = nn.Sequential(*layers, nn.Sigmoid())
 
     def forward(self, z_what):
@@ -296,9 +304,9 @@ def occlusion_weights(activation, masks, alpha_0):
 
     activation (B, K), masks (B, K, H, W), alpha_0 () or (H, W) -> (B, K + 1, H, W), sums to 1.
     """
-    objects = activation[:, :, None, None] * masks  # (B, K, H, W), alpha_k M_k
-    background = alpha_0.expand_as(objects[:, :1])  # (B, 1, H, W), alpha_0 M_0 with M_0 = 1
-    strength = torch.cat((background, objects), dim=1)  # (B, K + 1, H, W)
+    strength_k = activation[:, :, None, None] * masks  # (B, K, H, W), alpha_k M_k
+    strength_0 = alpha_0.expand_as(strength_k[:, :1])  # (B, 1, H, W), alpha_0 M_0 with M_0 = 1
+    strength = torch.cat((strength_0, strength_k), dim=1)  # (B, K + 1, H, W)
     return strength / strength.sum(1, keepdim=True)  # eq. (17)
 
 
@@ -322,7 +330,7 @@ class Renderer(nn.Module):
         self.log_alpha_0_map = nn.Parameter(torch.zeros(self.size), requires_grad=per_pixel)
 
     def forward(self, latents):
-        """-> (B, K + 1, H, W), (B, K, 3, H, W), (B, K, H, W), (B, K, 4, G, G)."""
+        """-> weights (B, K + 1, H, W), layers (B, K, 3, H, W), masks (B, K, H, W), glimpses."""
         slots = latents.activation.shape[1]  # K
         position, scale, _, z_what = (x.flatten(0, 1) for x in latents)  # (B K, 2 or Z)
         glimpses = self.glimpse_generator(z_what)  # (B K, 4, G, G)
@@ -351,7 +359,8 @@ BACKGROUND_CHANNELS = {
 def shrink_side(side):
     """One step of the schedule of [38] -> (kernel, stride, padding, remainder), the next side.
 
-    The remainder is what the stride leaves over; the mirrored convolution adds it again.
+    The remainder is what the stride leaves over; the mirrored convolution adds it again. A side of
+    64 gives (5, 2, 2, 1), 32.
     """
     if side > 5:
         kernel, stride, padding = 5, 2, 2
@@ -386,9 +395,11 @@ class CoordConv(nn.Module):
         self.norm = nn.GroupNorm(max(1, channels // 16), channels) if norm else None
 
     def forward(self, x):
-        # Rows and columns from -0.5 to 0.5, a single one at 1.
-        axes = [torch.linspace(-0.5 if n > 1 else 1, 0.5, n, device=x.device) for n in x.shape[2:]]
-        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x)  # (2, h, w)
+        def coordinates(n):  # from -0.5 to 0.5; [38] puts a single one at 1
+            return torch.linspace(-0.5, 0.5, n) if n > 1 else torch.ones(1)
+
+        axes = [coordinates(n).to(x) for n in x.shape[2:]]  # rows (h,) and columns (w,)
+        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
         x = torch.cat((x, rows_columns.expand(x.shape[0], -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
         x = self.convolution(x)  # (B, C', h', w')
         return x if self.norm is None else F.celu(self.norm(x))
@@ -397,7 +408,7 @@ class CoordConv(nn.Module):
 class BackgroundAutoencoder(nn.Module):
     """Background of an image, through 16 latents that have no room for objects ([38]).
 
-    images (B, 3, H, W), the longer side 25..192 -> background (B, 3, H, W) and a prediction
+    images (B, 3, H, W) -> background (B, 3, H, W) and a prediction
     (B, H, W) of its error, all in [0, 1]. [38] finds objects where the true error is larger than
     the predicted one. Here the prediction is only learned along with the background, as the
     authors do; nothing reads it afterwards. factor scales the hidden channels.
@@ -410,9 +421,11 @@ class BackgroundAutoencoder(nn.Module):
         for channels in (down, up):  # in multiples of a norm's group, 16
             channels[1:-1] = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
         encoder, decoder = [], []
-        for level, (*shape, remainder) in enumerate(blocks):
-            conv = nn.Conv2d(down[level] + 2, down[level + 1], *shape, bias=False)
-            back = nn.ConvTranspose2d(up[level + 1] + 2, up[level], *shape, remainder, bias=False)
+        for level, (kernel, stride, padding, remainder) in enumerate(blocks):
+            shape = dict(kernel_size=kernel, stride=stride, padding=padding, bias=False)
+            conv = nn.Conv2d(down[level] + 2, down[level + 1], **shape)
+            shape["output_padding"] = remainder
+            back = nn.ConvTranspose2d(up[level + 1] + 2, up[level], **shape)
             encoder.append(CoordConv(conv))
             decoder.insert(0, CoordConv(back, norm=level > 0))
         self.encoder = nn.Sequential(*encoder)
@@ -427,8 +440,8 @@ class BackgroundAutoencoder(nn.Module):
 
 # ---- Table 6 and Figure 1: the whole model ----
 
-Number = TypeVar("Number", int, float)
-OrZero = Annotated[Number, "or zero"]  # a setting that may be 0; the other numbers are positive
+IntOrZero = Annotated[int, "or 0"]  # all other numbers of the settings are positive
+FloatOrZero = Annotated[float, "or 0"]
 
 
 @dataclass(frozen=True)
@@ -447,7 +460,7 @@ class Config:
     transformer_heads: int = 8  # attention heads of a transformer layer
     dim_feedforward: int = 512  # hidden width of a transformer layer's MLP
     transformer_layers: int = 6  # number of transformer layers
-    dropout: OrZero[float] = 0.1  # of Segformer and transformer, and the Segformer's drop-path
+    dropout: FloatOrZero = 0.1  # of Segformer and transformer, and the Segformer's drop-path
     dim_z_what: int = 32  # Z, width of the appearance vector
     scale_min: float = 1.3  # s_min, the least inverse scaling factor of a glimpse
     scale_max: float = 24.0  # s_max, the largest inverse scaling factor of a glimpse
@@ -458,15 +471,17 @@ class Config:
 
     def __post_init__(self):
         for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            kind, *may_be_zero = get_args(field.type) or [field.type]
-            if isinstance(kind, str):  # Literal
+            name = field.name
+            value = getattr(self, name)
+            kind, *or_zero = get_args(field.type) or [field.type]
+            if isinstance(kind, str):  # the arguments of a Literal are its choices
                 choices = get_args(field.type)
                 require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
-            elif kind in (int, float) and name != "log_alpha_0":
-                good = 0 < value < math.inf or (may_be_zero and value == 0)
-                wanted = "a positive number or 0" if may_be_zero else "a positive number"
-                require(good, f"{name} is {value}: use {wanted}")
+            elif kind in (int, float):
+                fits = isinstance(value, (int, kind)) and math.isfinite(value)
+                fits = fits and (value > 0 or (or_zero and value == 0) or name == "log_alpha_0")
+                number = "a positive whole number" if kind is int else "a positive number"
+                require(fits, f"{name} is {value}: use {' '.join([number, *or_zero])}")
         known = ", ".join(GENERATORS)
         fits = self.generator in GENERATORS
         require(fits, f"generator is {self.generator!r}: use one of {known}")
@@ -501,20 +516,30 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         self.config = config
         dim_scale = 2 if config.anisotropic else 1
         dim = dim_scale + 1 + config.dim_z_what  # D: scaling factor, activation, z_what
+        size = config.height, config.width
         self.generator = GENERATORS[config.generator](config.slots + dim, config)
         refinement = None
         if config.transformer:
-            widths = config.dim_transformer, config.transformer_heads, config.dim_feedforward
-            depth = config.transformer_layers
-            refinement = Refinement(dim + 2, *widths, depth, config.dropout)
-        bounds = config.scale_min, config.scale_max
-        self.encoder = Encoder(config.slots, dim_scale, config.dim_z_what, *bounds, refinement)
-        size = config.height, config.width
-        glimpse = 32 if max(size) <= 64 else 64  # open: G is 64 above 128 px too (Table 7)
-        alpha_0 = config.log_alpha_0, config.alpha_0_per_pixel
-        self.renderer = Renderer(*size, config.dim_z_what, glimpse, *alpha_0)
-        kind = config.background_kind, config.background_width
-        self.background = BackgroundAutoencoder(*size, *kind)
+            refinement = Refinement(
+                dim + 2,
+                width=config.dim_transformer,
+                heads=config.transformer_heads,
+                feedforward=config.dim_feedforward,
+                layers=config.transformer_layers,
+                dropout=config.dropout,
+            )
+        self.encoder = Encoder(
+            config.slots, dim_scale, config.dim_z_what,
+            s_min=config.scale_min, s_max=config.scale_max, refinement=refinement,
+        )  # fmt: skip
+        self.renderer = Renderer(
+            *size, config.dim_z_what,
+            glimpse=32 if max(size) <= 64 else 64,  # open: 64 above 128 px too (Table 7)
+            log_alpha_0=config.log_alpha_0, per_pixel=config.alpha_0_per_pixel,
+        )  # fmt: skip
+        self.background = BackgroundAutoencoder(
+            *size, kind=config.background_kind, factor=config.background_width
+        )
 
     def forward(self, images, background=None):
         """images (B, 3, H, W) in [0, 1] and, if it is known, their background -> Output."""
@@ -535,11 +560,13 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     @torch.no_grad()
     def segment(self, images):
         """images (B, 3, H, W) in [0, 1] -> label maps (B, H, W), int64, 0..K, 0 the background."""
+        require(not self.training, "call model.eval() before model.segment: dropout is on")
         # The weights do not depend on the background image (section 4.1): any will do.
         return self(images, background=images).weights.argmax(1)
 
     def check_images(self, images):
         """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
+        # if and raise in place of require: torch.export must not put a symbolic shape into words.
         height, width = self.config.height, self.config.width
         dtype = self.renderer.log_alpha_0.dtype
         if images.ndim != 4 or images.shape[1:] != (3, height, width) or images.shape[0] == 0:
@@ -577,9 +604,9 @@ def reconstruction_loss(images, reconstruction):
 def pixel_entropy_loss(weights):
     """Mean over pixels of the squared entropy of the weights: (B, K + 1, H, W) -> ().
 
-    The square makes pixels that are torn between layers count more than many that are nearly sure.
+    Squared, since the gradient of the entropy itself is singular where one weight is 1 (4.2.1).
     """
-    entropy = (weights * (weights + 1e-20).log()).sum(1)  # (B, H, W)
+    entropy = -(weights * (weights + 1e-20).log()).sum(1)  # (B, H, W)
     return entropy.square().mean()  # eq. (21)
 
 
@@ -601,7 +628,7 @@ def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
 
 
 def learning_rate(step, peak, total, warmup=0, decay_at=0.9):
-    """Rate of a step: quadratic warm-up, a tenth from the share decay_at of all steps on."""
+    """Rate of a step: quadratic warm-up to peak, and a tenth of it from decay_at * total on."""
     decay = 0.1 if step >= decay_at * total else 1.0
     return peak * quadratic_warmup(step, warmup) * decay
 
@@ -638,11 +665,11 @@ def contingency(target, predicted):
     """
     for labels in (target, predicted):
         fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
-        found = f"a label map is {getattr(labels, 'dtype', type(labels).__name__)}"
-        found += f" {tuple(getattr(labels, 'shape', ()))}"
-        require(fits and labels.numel() and labels.cpu().long().min() >= 0,
-                f"{found}: use tensors (B, H, W) of integers from 0")  # fmt: skip
-    require(target.shape == predicted.shape, f"{found}, its target {tuple(target.shape)}")
+        fits = fits and labels.numel() and labels.cpu().long().min() >= 0
+        seen = f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(np.shape(labels))}"
+        require(fits, f"a label map is {seen}: use tensors (B, H, W) of integers from 0")
+    shapes = tuple(predicted.shape), tuple(target.shape)
+    require(shapes[0] == shapes[1], f"a label map is {shapes[0]}, its target {shapes[1]}")
     both = torch.stack((target.cpu().long(), predicted.cpu().long()), dim=1).flatten(2)
     tables = []
     for pair in both:  # (2, H W)
@@ -671,9 +698,9 @@ def mean_iou(target, predicted):
     scores = []
     for table in contingency(target, predicted):
         iou, present = iou_matrix(table)
-        pairs = linear_sum_assignment(iou, maximize=True)  # rows 0.. and their columns
-        matched = iou[pairs]
-        counted = present[pairs]
+        matching = linear_sum_assignment(iou, maximize=True)  # rows 0, 1, ... and their columns
+        matched = iou[matching]
+        counted = present[matching]
         # open: nothing to be found and nothing found counts 1 in mIoU-FG
         foreground = matched[1:].sum() / counted[1:].sum() if counted[1:].any() else 1.0
         scores.append((matched.sum() / counted.sum(), foreground))
@@ -964,7 +991,7 @@ def open_image(path, mask=False):
 
 
 def read_labels(path, dataset="folder"):
-    """A label map (h, w), integers; of a folder renumbered 1, 2, ... in the order of its values."""
+    """A label map (h, w), integers; in a folder, values are renumbered 1, 2, ... in their order."""
     image = open_image(path, mask=True)
     if dataset == "shapestacks":
         return np.array(image.getchannel(0)) // 32
@@ -1010,7 +1037,7 @@ def list_files(folder):
     return sorted(paths)
 
 
-def count(words):
+def most_common(words):
     """The ten most frequent words and how often each is there, in a line."""
     return ", ".join(f"{word} {n}" for word, n in Counter(words).most_common(10))
 
@@ -1018,11 +1045,11 @@ def count(words):
 def by_stem(folder, paths, kinds, notes):
     """{sub-folder and stem: path} of the files of some kinds; a note says what was taken."""
     taken = [path for path in paths if path.suffix.lower() in kinds]
-    other = count(path.suffix or path.name for path in paths if path.suffix.lower() not in kinds)
-    other = f"passed over {other or 'no file'}"
+    rest = [path.suffix or path.name for path in paths if path.suffix.lower() not in kinds]
+    other = f"passed over {most_common(rest) or 'no file'}"
     require(taken, f"{folder} has no file {', '.join(kinds)}, {other}")
     folders = [str(path.relative_to(folder).parent) for path in taken]
-    notes.append(f"{len(taken)} files, by sub-folder {count(folders)}; {other}")
+    notes.append(f"{len(taken)} files, by sub-folder {most_common(folders)}; {other}")
     stems = {path.relative_to(folder).with_suffix(""): path for path in taken}
     require(len(stems) == len(taken), f"{folder} has two files that differ only in their suffix")
     return stems
@@ -1074,8 +1101,8 @@ def read_shapestacks(data, masks, notes):
     yield from decoded(items, "shapestacks")
 
 
-def read_tfrecords(data, masks, notes, name, shape, walls):
-    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are walls.
+def read_tfrecords(data, masks, notes, name, shape, scenery):
+    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are scenery.
 
     shape is (height, width, masks). A record is its length in 8 bytes, a checksum in 4, an
     Example, a checksum in 4; checking is left to gzip.
@@ -1097,7 +1124,7 @@ def read_tfrecords(data, masks, notes, name, shape, walls):
                 mask = example_bytes(record, b"mask", (count, height, width))
             except Exception as error:
                 raise OSError(f"{path}, record {number}: {error}") from error
-            labels = mask.argmax(0).clip(walls - 1) - (walls - 1)
+            labels = mask.argmax(0).clip(scenery - 1) - (scenery - 1)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
 
 
@@ -1122,7 +1149,8 @@ def example_bytes(example, name, shape):
 class DataSet(NamedTuple):
     """How a data set is read."""
 
-    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part)
+    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part); to
+    # the list of notes it may append sentences, which are printed
     crop: float = 1.0  # share of the largest centre crop that is kept
     label_at: float = 0.5  # where in its cell a label is taken, 0.5 as Pillow does, 0 as PyTorch
 
@@ -1133,11 +1161,11 @@ def textures(variant):
 
 def rooms(name, masks):
     name = f"objects_room_{name}"
-    return DataSet(partial(read_tfrecords, name=name, shape=(64, 64, masks), walls=4))
+    return DataSet(partial(read_tfrecords, name=name, shape=(64, 64, masks), scenery=4))
 
 
 # open: CLEVR's first tenths by index, as the authors take them
-CLEVR = partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), walls=1)
+CLEVR = partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), scenery=1)
 
 # A fork's own data set is a line here: its reader yields the parts "test", "val" and "train" in
 # any order, or "" for all images, which are then cut by index.
@@ -1185,12 +1213,12 @@ PARTS = ("test", "val", "train")
 
 
 def tenth(count):
-    """How many images are the test part, and as many the validation part, of images without."""
+    """Size of the test part, and of the validation part, where images come without parts."""
     return min(10_000, max(1, count // 10))  # 10 000 of ObjectsRoom
 
 
 def prepare(dataset, data, masks, height, width):
-    """Decode a data set -> images, labels, sizes of the parts, most labels, what was taken."""
+    """Decode a data set -> a dictionary of its tensors, the sizes of its parts, what was taken."""
     reader, crop, label_at = DATASETS[dataset]
     notes, parts = [], []
     images, maps = bytearray(), bytearray()  # millions of images hardly fit twice

@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 import astseg
-from astseg import ASTSeg, Config, OrZero, cause, require, written_whole
+from astseg import ASTSeg, Config, FloatOrZero, IntOrZero, cause, require, written_whole
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, set by torchrun
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -62,24 +62,24 @@ class Training(Config):
     background_batch: int = 128  # images per step of phase 1
     background_lr: float = 2e-3  # learning rate of phase 1
     steps: int = 125_000  # steps of phases 2 and 3 together
-    phase2_steps: OrZero[int] = 30_000  # of these before a frozen background
+    phase2_steps: IntOrZero = 30_000  # of these with a frozen background
     batch: int = 64  # images per step of phases 2 and 3
     lr: float = 4e-5  # learning rate of phases 2 and 3
-    warmup: OrZero[int] = 5_000  # steps in which it grows
-    decay_at: float = 0.9  # share of the steps after which it falls to a tenth
-    entropy_weight: OrZero[float] = 1e-2  # lambda_pixel
-    entropy_warmup: OrZero[int] = 10_000  # N_pixel
-    refinement_start: Literal["stock", "identity"] = "stock"  # identity lets short runs wake
-    refinement_lr_factor: OrZero[float] = 1.0  # on lr, for the transformer encoder
-    alpha_0_lr_factor: OrZero[float] = 1.0  # on lr, for the activation of the background
-    glimpse_lr_factor: OrZero[float] = 1.0  # on lr, for the glimpse generator
+    warmup: IntOrZero = 5_000  # steps over which lr grows from 0
+    decay_at: float = 0.9  # share of the steps after which lr falls to a tenth
+    entropy_weight: FloatOrZero = 1e-2  # lambda_pixel
+    entropy_warmup: IntOrZero = 10_000  # N_pixel
+    refinement_start: Literal["stock", "identity"] = "stock"  # identity is for short runs
+    refinement_lr_factor: FloatOrZero = 1.0  # on lr, for the transformer encoder
+    alpha_0_lr_factor: FloatOrZero = 1.0  # on lr, for the activation of the background
+    glimpse_lr_factor: FloatOrZero = 1.0  # on lr, for the glimpse generator
     pretrained: str = "nvidia/mit-b3"  # backbone: a hub name, a folder or '' for random weights
     flip: bool = False  # mirror training images at random; not in the paper
     train_images: int = 10_000  # how many shapes are drawn for training
     device: Device = "auto"  # auto is cuda where there is one, else cpu
     bf16: bool = True  # mixed precision, on cuda
     cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
-    seed: OrZero[int] = 0  # of weights, order of images, dropout
+    seed: IntOrZero = 0  # of weights, order of images, dropout
     log_every: int = 100  # steps between rows of the log
     evaluate_every: int = 500  # steps between evaluations on the validation part
     checkpoint_every: int = 5_000  # steps between checkpoints
@@ -116,7 +116,7 @@ SMALL = dict(
     decay_at=0.6,  # the low rate sharpens masks: a third of the run is worth it
     entropy_weight=0.015,
     entropy_warmup=3000,
-    refinement_start="identity",  # the stock start is idle for thousands of steps
+    refinement_start="identity",  # PyTorch's start idles for thousands of steps
     refinement_lr_factor=0.1,  # or slots are driven out of the image and stay there
     alpha_0_lr_factor=0.33,  # else alpha_0 falls until objects take their rims
     glimpse_lr_factor=3.0,  # glimpses lag behind positions otherwise
@@ -195,7 +195,7 @@ def batch_indices(step, batch, count, seed, device="cpu"):
 
 
 def load_batch(arrays, step, batch, training, device):
-    """What images, and backgrounds if they are given, show at a step: (B, 3, H, W) in [0, 1]."""
+    """The batch of a step from images, or images and backgrounds: (B, 3, H, W) in [0, 1] each."""
     images = arrays[0]
     index = batch_indices(step, batch, len(images), training.seed, images.device)
     batches = [array[index].to(device).float() / 255 for array in arrays]
@@ -207,12 +207,13 @@ def load_batch(arrays, step, batch, training, device):
 
 @torch.no_grad()
 def memorise_backgrounds(model, images):
-    """Backgrounds (N, 3, H, W), uint8, of all images, where those are (section 4.2.2)."""
+    """The background of each image, (N, 3, H, W) uint8, on the images' device (section 5.2)."""
+    # open: in phase 2 of the curriculum too, at 8 bits per channel, rounded
     model.eval()
     memory = torch.empty_like(images)
-    for part, target in zip(images.split(100), memory.split(100)):
-        background, _ = model.background(part.to(device_of(model)).float() / 255)
-        target.copy_((background * 255).round())  # open: at 8 bits per channel, rounded
+    for chunk, target in zip(images.split(100), memory.split(100)):
+        background, _ = model.background(chunk.to(device_of(model)).float() / 255)
+        target.copy_((background * 255).round())
     return memory
 
 
@@ -220,12 +221,14 @@ def memorise_backgrounds(model, images):
 
 
 def curriculum(training):
-    """The phases of a scenario: (name, first step, stop); "foreground" has a frozen background."""
+    """The phases of a scenario: (name, first step, stop). Phase 2, "foreground", has a frozen
+    background; in phase 3, "joint", all learns. "frozen" is of section 5.2.
+    """
     t = training
     middle = {"CT": t.phase2_steps, "BT": 0, "frozen": t.steps}[t.scenario]
-    background = ("background", 0, 0 if t.scenario == "BT" else t.background_steps)
+    phase1 = ("background", 0, 0 if t.scenario == "BT" else t.background_steps)
     # open: phases 2 and 3 share one step counter
-    phases = [background, ("foreground", 0, middle), ("joint", middle, t.steps)]
+    phases = [phase1, ("foreground", 0, middle), ("joint", middle, t.steps)]
     return [phase for phase in phases if phase[1] < phase[2]]
 
 
@@ -240,14 +243,14 @@ def make_optimizer(model, phase, training):
     groups = [dict(params=[*part.parameters()], factor=f) for part, f in foreground.items()]
     alpha_0 = [model.renderer.log_alpha_0, model.renderer.log_alpha_0_map]
     groups.append(dict(params=alpha_0, factor=t.alpha_0_lr_factor))
-    background = dict(params=[*model.background.parameters()], factor=1.0)
-    held = {p for group in [background, *groups] for p in group["params"]}
+    background_group = dict(params=[*model.background.parameters()], factor=1.0)
+    held = {p for group in [background_group, *groups] for p in group["params"]}
     free = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     require(not free, f"no optimiser holds {free}: add them to a group in make_optimizer")
     if phase == "background":  # open: Adam with its default betas
-        return torch.optim.Adam([background], fused=True)
+        return torch.optim.Adam([background_group], fused=True)
     # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
-    groups += [background] if phase == "joint" else []
+    groups += [background_group] if phase == "joint" else []
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -294,7 +297,7 @@ def build_model(training):
             price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
             way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
             raise OSError(f"{error}: {way}") from error
-    # In a first call transformers installs hooks, which have no place in a recorded step.
+    # In a first call transformers installs hooks, which a CUDA graph could not record.
     model.eval().segment(torch.zeros(1, 3, t.height, t.width))
     device = choose_device(t.device)
     if device.type == "cuda" and RANKS > 1:
@@ -333,7 +336,7 @@ def train(training, folder, model, data, val, test):
     images = data.images
     state = dict(phase=0, step=0, seconds=0.0, log=[])
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
-        images = images.to(device)  # and later their backgrounds
+        images = images.to(device)  # their backgrounds, and the model, want room too
     resumed = (folder / "checkpoint.pt").exists()
     if resumed:
         state = astseg.load_tensors(folder / "checkpoint.pt")
@@ -378,9 +381,11 @@ def train(training, folder, model, data, val, test):
 
             # Plumbing from here on: log, evaluate, save.
             losses.append(torch.stack([*terms.values(), loss]).detach())
-            every = t.log_every, t.evaluate_every, t.checkpoint_every
-            log, evaluate_now, save = ((step + 1) % n == 0 or step + 1 == stop for n in every)
-            if not (log or evaluate_now or save):
+            intervals = t.log_every, t.evaluate_every, t.checkpoint_every
+            log_now, evaluate_now, save_now = (
+                (step + 1) % interval == 0 or step + 1 == stop for interval in intervals
+            )
+            if not (log_now or evaluate_now or save_now):
                 continue
             means = torch.stack(losses).mean(0).tolist()
             row = dict(phase=phase, step=step + 1, lr=lr) | dict(zip([*terms, "loss"], means))
@@ -389,7 +394,7 @@ def train(training, folder, model, data, val, test):
             if RANK == 0:
                 validation = val if evaluate_now and phase != "background" else None
                 report(model, validation, row, folder, state)
-            if RANK == 0 and save:
+            if RANK == 0 and save_now:
                 state |= dict(phase=number, step=step + 1, seconds=time.time() - started)
                 save_checkpoint(model, optimizer, state, folder)
             losses, clock = [], time.time()
@@ -451,7 +456,9 @@ METRICS = ("mIoU", "mIoU-FG", "ARI-FG", "MSC-FG", "MSE")
 @torch.no_grad()
 def evaluate(model, data, count=None):
     """Metrics and signs of health, each the mean over the images; without labels MSE alone."""
-    slots, device, rows = model.eval().config.slots, device_of(model), []
+    model.eval()
+    slots, device = model.config.slots, device_of(model)
+    rows = []
     for start in range(0, len(data.images[:count]), 50):
         part = slice(start, min(start + 50, count or len(data.images)))
         images = data.images[part].to(device).float() / 255
@@ -590,7 +597,8 @@ def refuse_taken(folder):
 
 
 def start(training, folder, resume=False):
-    """Open the doors of a run, those first that cost least, and train."""
+    """Check all that can be refused, the cheapest first, then train."""
+    # A checkpoint replaces the backbone anyway.
     saved = (folder / "checkpoint.pt").exists()
     model = build_model(replace(training, pretrained="") if saved else training)
     parts = load_data(training, "train", "val", "test")
@@ -630,9 +638,9 @@ def training_command(name):
         print(f"{name}: {source} on {device}, processes: {RANKS}, output: {output}")
         refuse_taken(output)
         if training.data:
-            os.stat(training.data)  # raises FileNotFoundError
-        inside = output.absolute().is_relative_to(training.data or "/dev/null")
-        require(not inside, f"{output} is inside the data: name another --output")
+            require(os.path.exists(training.data), f"{training.data} does not exist")
+            inside = output.absolute().is_relative_to(training.data)
+            require(not inside, f"{output} is inside the data: name another --output")
         start(training, output)
 
     command.__doc__ = f"Train with the preset {name}."
