@@ -597,15 +597,15 @@ def refuse_taken(folder):
 
 
 def start(training, folder, resume=False):
-    """Check all that can be refused, the cheapest first, then train."""
-    # A checkpoint replaces the backbone anyway.
-    saved = (folder / "checkpoint.pt").exists()
-    model = build_model(replace(training, pretrained="") if saved else training)
+    """Check all that can be refused, and train. What was decoded stays in the cache."""
     parts = load_data(training, "train", "val", "test")
     for size in (training.batch, training.background_batch):
         count = len(parts[0].images)
         require(count >= size, f"{count} training images do not fill a batch of {size}")
         require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
+    # A checkpoint replaces the backbone anyway.
+    saved = (folder / "checkpoint.pt").exists()
+    model = build_model(replace(training, pretrained="") if saved else training)
     if RANK > 0:
         return train(training, folder, model, *parts)
     folder.mkdir(parents=True, exist_ok=True)
