@@ -186,9 +186,12 @@ def test_the_paper_settings_of_each_data_set(
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(slots=0), "slots is 0: use a positive number"),
+        (dict(slots=0), "slots is 0: use a positive whole number"),
         (dict(slots=256), "slots is 256: label maps hold 255 objects at most"),
-        (dict(dim_z_what=-1), "dim_z_what is -1: use a positive number"),
+        (dict(dim_z_what=-1), "dim_z_what is -1: use a positive whole number"),
+        (dict(slots=2.5), "slots is 2.5: use a positive whole number"),
+        (dict(log_alpha_0=math.nan), "log_alpha_0 is nan"),
+        (dict(lr="1e-3"), "lr is 1e-3: use a positive number"),
         (dict(scale_min=0), "scale_min is 0: use a positive number"),
         (dict(scale_max=math.inf), "scale_max is inf: use a positive number"),
         (dict(dropout=-0.1), "dropout is -0.1: use a positive number or 0"),
@@ -201,7 +204,7 @@ def test_the_paper_settings_of_each_data_set(
         (dict(height=31, width=64), "images are (31, 64): use sides of 32..192"),
         (dict(transformer_heads=7), "7 heads do not divide dim_transformer 256"),
         (dict(lr=math.nan), "lr is nan: use a positive number"),
-        (dict(warmup=-1), "warmup is -1: use a positive number or 0"),
+        (dict(warmup=-1), "warmup is -1: use a positive whole number or 0"),
         (dict(scenario="XT"), "scenario is 'XT': use one of CT, BT, frozen"),
         (dict(phase2_steps=125_001), "phase2_steps is 125001: use a part of 125000 steps"),
     ],
@@ -368,24 +371,24 @@ def test_a_single_cell_is_at_0():
 def test_each_column_moves_only_its_own_latent(dim_scale):
     encoder = astseg.Encoder(2, dim_scale, 4)
     slots = torch.randn(1, 2, 2 + dim_scale + 1 + 4) * 0.1
-    before = encoder.name_columns(slots)
+    before = encoder.split_latents(slots)
     owners = ["position"] * 2 + ["scale"] * dim_scale + ["activation"] + ["z_what"] * 4
     for column, owner in enumerate(owners):
         changed = slots.clone()
         changed[..., column] += 0.3
-        after = encoder.name_columns(changed)
+        after = encoder.split_latents(changed)
         for name in astseg.Latents._fields:
             same = torch.equal(getattr(before, name), getattr(after, name))
             assert same != (name == owner), (column, name)
 
 
 def test_latents_stay_in_their_ranges():
-    latents = astseg.Encoder(3, 1, 4, 1.3, 24.0).name_columns(torch.randn(5, 3, 8) * 10)
+    latents = astseg.Encoder(3, 1, 4, 1.3, 24.0).split_latents(torch.randn(5, 3, 8) * 10)
     assert latents.position.max() == 1 and latents.position.min() == -1
     assert latents.scale.min() >= 1.3 and latents.scale.max() <= 24
     assert torch.equal(latents.scale[..., 0], latents.scale[..., 1])  # isotropic
     assert latents.activation.min() > 0
-    zero = astseg.Encoder(3, 2, 4, 1.3, 24.0).name_columns(torch.zeros(1, 3, 9))
+    zero = astseg.Encoder(3, 2, 4, 1.3, 24.0).split_latents(torch.zeros(1, 3, 9))
     close(zero.scale, torch.full((1, 3, 2), (1.3 + 24) / 2))
     assert torch.equal(zero.activation, torch.ones(1, 3))
 
@@ -711,6 +714,8 @@ def test_segmentation_is_the_argmax_of_the_weights_and_needs_no_background():
     expected = model(images).weights.argmax(1)
     model.background = None
     labels = model.segment(images)
+    with pytest.raises(ValueError, match="call model.eval.. before model.segment"):
+        model.train().segment(images)
     assert torch.equal(labels, expected)
     assert labels.dtype == torch.int64 and labels.unique().numel() > 1
 
@@ -948,13 +953,13 @@ def test_more_objects_than_slots_cost_mean_iou():
 def test_label_maps_that_do_not_fit_are_refused():
     zeros = torch.zeros(1, 4, 4).long()
     for wrong, message in [
-        (torch.zeros(1, 4, 5).long(), "a label map is torch.int64 (1, 4, 5), its target (1, 4, 4)"),
+        (torch.zeros(1, 4, 5).long(), "a label map is (1, 4, 5), its target (1, 4, 4)"),
         (zeros * 0.9, "a label map is torch.float32 (1, 4, 4): use tensors (B, H, W) of integers"),
         (zeros[0], "a label map is torch.int64 (4, 4)"),
         (zeros - 1, "of integers from 0"),
         (zeros[:0], "a label map is torch.int64 (0, 4, 4)"),
         (zeros.numpy(), "a label map is int64 (1, 4, 4): use tensors"),
-        ([[0]], "a label map is list (): use tensors"),
+        ([[0]], "a label map is list (1, 1): use tensors"),
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             astseg.mean_iou(zeros, wrong)
@@ -1024,7 +1029,7 @@ def test_colours_tell_objects_neither_from_each_other_nor_from_the_wall():
         found = KMeans(clusters, n_init=2, random_state=0).fit_predict(image.flatten(1).T)
         found = torch.tensor(found).view(1, 48, 48).long()
         scores.append(astseg.mean_iou(label[None].long(), found)[0].item())
-    assert np.mean(scores) < 0.5
+    assert np.mean(scores) < 0.6
 
 
 # ---- train.py: the curriculum, and the loop step by step ----
@@ -1237,9 +1242,8 @@ def test_a_step_is_one_graph_for_the_compiler():
     model = train.build_model(training)
     images = torch.rand(2, 3, 32, 32)
     with torch.autocast("cpu", torch.bfloat16):
-        for arguments in ([images, images], [images]):  # phases 2 and 3
-            output = torch.compile(model, backend="eager", fullgraph=True)(*arguments)
-            assert output.weights.shape == (2, 4, 32, 32)
+        output = torch.compile(model, backend="eager", fullgraph=True)(images)
+    assert output.weights.shape == (2, 4, 32, 32)
 
 
 # ---- train.py: runs ----
@@ -1403,12 +1407,12 @@ def test_an_interrupted_run_says_what_was_saved_is_usable_and_resumes(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "set_learning_rate", interrupt)
-        words = f"interrupted: python train.py resume {tmp_path}/run goes on from the last checkp"
+        words = f"interrupted; python train.py resume {tmp_path}/run goes on from its last checkp"
         with pytest.raises(SystemExit, match=words):
             run_tiny(tmp_path / "run")
         patch.setattr(astseg, "draw_shapes", draw_few)
         train.main(["evaluate", str(tmp_path / "run")])
-        with pytest.raises(ValueError, match="run holds a run: resume"):
+        with pytest.raises(ValueError, match="run holds a run: go on by `train.py resume"):
             train.main([*TINY, "--output", str(tmp_path / "run")])
     assert_resumes_to_the_same_bits(tmp_path / "run", whole_run)
 
@@ -1418,7 +1422,7 @@ def test_a_run_that_is_interrupted_before_its_first_checkpoint_says_so(tmp_path,
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "set_learning_rate", interrupt)
-    with pytest.raises(SystemExit, match="interrupted: no checkpoint had been saved"):
+    with pytest.raises(SystemExit, match="resume .*/run begins anew: nothing was saved yet"):
         run_tiny(tmp_path / "run")
     with pytest.raises(ValueError, match="run has no model yet: a run saves one with its first"):
         train.main(["evaluate", str(tmp_path / "run")])
@@ -1468,7 +1472,7 @@ def test_two_processes_train_as_one_in_all_three_phases(tmp_path, monkeypatch):
     line = [*launcher, str(tmp_path / "driver.py"), *TINY, *flags, *output]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count("phase 2 of 3") == 1, done.stderr[-2000:]
-    assert "on cpu, 2 processes, into" in done.stdout
+    assert "on cpu, processes: 2, output: " in done.stdout
     plain = {"plain": lambda channels, config: torch.nn.Conv2d(3, channels, 8, 4, 2)}
     monkeypatch.setattr(astseg, "GENERATORS", astseg.GENERATORS | plain)  # as a fork's own
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, **_: torch.optim.SGD(groups, lr=1.0))
@@ -1661,8 +1665,9 @@ def test_a_grid_holds_a_row_of_pictures_for_each_name(tmp_path):
 def test_curves_show_the_terms_of_the_loss_beside_the_metrics(monkeypatch, tmp_path):
     figures = []
     monkeypatch.setattr(train.Figure, "savefig", lambda figure, path: figures.append(figure))
-    log = [dict(step=s, reconstruction=s / 2, entropy=s / 3) for s in (2, 4, 6)]
-    log[2] |= {"mIoU": 0.5, "ARI-FG": 0.7}
+    log = [dict(phase="joint", step=s, reconstruction=s / 2, entropy=s / 3) for s in (2, 4, 6)]
+    log.insert(0, dict(phase="background", step=2, background=0.1))
+    log[3] |= {"mIoU": 0.5, "ARI-FG": 0.7}
     train.draw_curves(log, tmp_path / "curves.png")
     found = {
         line.get_label(): [*zip(*map(list, line.get_data()))]
@@ -1711,8 +1716,8 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--slots 0", "slots is 0: use a positive number"),
-        ("--batch 0", "batch is 0: use a positive number"),
+        ("--slots 0", "slots is 0: use a positive whole number"),
+        ("--batch 0", "batch is 0: use a positive whole number"),
         ("--lr nan", "lr is nan: use a positive number"),
         ("--generator vit", "generator is 'vit'"),
         ("--backbone b9", "invalid choice 'b9'"),
@@ -1721,11 +1726,12 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
         ("smal", "Available subcommands: shapes, small, folder, clevrtex"),
         ("small", "Missing from train.py small: --data"),
         ("clevrtex", "Missing from train.py clevrtex: --data"),
-        ("folder --data /nowhere", "No such file or directory: '/nowhere'"),
+        ("folder --data /nowhere", "/nowhere does not exist"),
         ("resume", "Missing from train.py resume"),
         ("resume /nowhere", "/nowhere holds no run: /nowhere/settings.json is missing"),
         ("evaluate /nowhere", "/nowhere holds no run: /nowhere/settings.json is missing"),
         ("evaluate /nowhere --slots 9", "Unrecognized or misplaced options: --slots"),
+        ("evaluate", "evaluate takes at least one run folder"),
         ("segment /nowhere", "segment takes a run folder and then at least one image"),
         ("segment /nowhere a.png", "/nowhere has no model yet"),
         ("segment /nowhere a.png b/a.png", "two images have one name"),
@@ -1735,9 +1741,9 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
         ("small --data . --output runs/x", "runs/x is inside the data: name another --output"),
         ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 11500 steps"),
         ("--height 40", "shapes are drawn on squares"),
-        ("--data photos", "shapes are drawn, they have no --data"),
+        ("--data /dev/null", "shapes are drawn, they have no --data"),
         ("--dataset folder", "the data set folder is read from files: name them by --data"),
-        ("clevr --data D --masks M", "--masks belong to the images of a folder, not to clevr"),
+        ("small --dataset clevr --data /dev/null --masks M", "--masks belong to the"),
         ("--train_images 3", "3 training images do not fill a batch of 16"),
         ("--background_batch 500 --train_images 40", "40 training images do not fill a"),
     ],
@@ -1813,9 +1819,10 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch, tmp_path):
 
 def test_the_first_line_says_what_runs(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     training, output = command(monkeypatch, "small", "--data", "photos", "--slots", "7")
     assert (training.slots, training.data) == (7, str(tmp_path / "photos"))
-    line = f"small: folder {tmp_path}/photos on cpu, 1 processes, into runs/small\n"
+    line = f"small: folder {tmp_path}/photos on cpu, processes: 1, output: runs/small\n"
     assert capsys.readouterr().out == line and output == Path("runs/small")
     assert str(train.choose_device("mps")) == "mps"
     assert "warning: nobody has tried mps yet" in capsys.readouterr().out
@@ -1859,7 +1866,7 @@ def test_a_refusal_of_the_program_is_one_line_and_a_run_is_not_overwritten(whole
     line = [sys.executable, str(HERE / "train.py"), "--output", str(whole_run[0])]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "holds a run: resume" in done.stderr and "or name another --output" in done.stderr
+    assert "holds a run: go on by `train.py resume" in done.stderr and "or name another --output" in done.stderr
 
 
 SHELL = """#!/bin/sh
@@ -2027,7 +2034,7 @@ def test_clevrtex_is_read_in_the_order_of_its_numbers(variant, test, tmp_path, c
     first = labels[24:216, 64:256].astype(np.uint8)  # of the image that was written last, 0
     nearest = Image.fromarray(first).resize((128, 128), Image.Resampling.NEAREST)
     assert np.array_equal(parts["all"].labels[0], nearest)
-    assert "warning: numbers have gaps, or do not begin with 0" in capsys.readouterr().out
+    assert "have gaps, or do not begin with 0" in capsys.readouterr().out
     (folder / f"CLEVRTEX_{variant}_000000_flat.png").unlink()
     with pytest.raises(ValueError, match=f"CLEVRTEX_{variant}_000000_flat.png is no readable PNG"):
         load(tmp_path, dataset, tmp_path, (64, 64))
@@ -2090,8 +2097,9 @@ def test_a_folder_says_what_it_took_and_is_decoded_once(tmp_path, photos, capsys
     images, masks = photos / "images", photos / "masks"
     parts = load(tmp_path, "folder", images, (32, 48), masks)
     out = capsys.readouterr().out
-    for words in ("12 images", "1 files .txt passed over", "1..2 objects each", "brightness 0.5",
-                  "images by sub-folder: . 6, more 6", "background 42%"):  # fmt: skip
+    for words in ("12 images", "passed over .txt 1", "1..2 labels each", "brightness 0.5",
+                  "12 files, by sub-folder . 6, more 6", "background 42%",
+                  "the test part is 00 to 00"):  # fmt: skip
         assert words in out
     assert [len(parts[name].images) for name in ("test", "val", "train", "all")] == [1, 1, 10, 12]
     for name, part in dict(test=slice(1), val=slice(1, 2), train=slice(2, None)).items():
@@ -2159,15 +2167,15 @@ def test_a_folder_of_masks_within_the_images_is_no_folder_of_images(tmp_path, ca
         picture().save(tmp_path / "D" / f"{i}.png")
         Image.fromarray(np.eye(50, 80, dtype=np.uint8)).save(tmp_path / "D" / "masks" / f"{i}.png")
     load(tmp_path, "folder", tmp_path / "D")
-    assert "images by sub-folder: . 4, masks 4" in capsys.readouterr().out
+    assert "8 files, by sub-folder . 4, masks 4" in capsys.readouterr().out
     parts = load(tmp_path, "folder", tmp_path / "D", masks=tmp_path / "D" / "masks")
     assert len(parts["all"].images) == 4
 
 
 def test_a_folder_without_images_says_what_lies_there_and_what_is_looked_for(tmp_path):
     for name, words in {
-        "tif": r"has no file .png, .jpg, .jpeg, .webp \(2 files .tif passed over in .*/tif\)",
-        "empty": r"has no file .png, .jpg, .jpeg, .webp \(empty\)",
+        "tif": "has no file .png, .jpg, .jpeg, .webp, passed over .tif 2",
+        "empty": "has no file .png, .jpg, .jpeg, .webp, passed over no file",
     }.items():
         (tmp_path / name).mkdir()
         for i in range(2 * (name == "tif")):
@@ -2262,7 +2270,7 @@ def test_parts_are_collected_by_name_in_any_order(tmp_path, monkeypatch):
 
 def test_a_set_without_parts_is_cut_by_index_into_tenths_of_10_000_at_most(monkeypatch):
     for count, tenth in ((3, 1), (25, 2), (120_000, 10_000)):
-        small = (np.zeros((3, 1, 1), np.uint8), None)
+        small = np.zeros((3, 1, 1), np.uint8), None
         with monkeypatch.context() as patch:
             patch.setattr(astseg, "crop_and_resize", lambda *_: small)
             patch.setitem(astseg.DATASETS, "own", reader_of([""] * count))
@@ -2270,7 +2278,7 @@ def test_a_set_without_parts_is_cut_by_index_into_tenths_of_10_000_at_most(monke
                 one = Image.new("RGB", (1, 1))
                 repeated = astseg.DataSet(lambda *_: itertools.repeat((one, None, ""), 120_000))
                 patch.setitem(astseg.DATASETS, "own", repeated)
-            counts = astseg.prepare("own", "D", None, 1, 1)["counts"]
+            counts = astseg.prepare("own", "D", None, 1, 1)["sizes"]
         assert counts == [tenth, tenth, count - 2 * tenth]
 
 
@@ -2281,7 +2289,7 @@ def test_a_set_without_parts_is_cut_by_index_into_tenths_of_10_000_at_most(monke
         (["", "test", "val"], None, r"own yields parts \{''\}"),
         ([""] * 3, [np.zeros((32, 32), int) + n for n in (0, 0, 256)], "3 has labels 256..256"),
         ([""] * 3, [np.zeros((32, 32), int) + n for n in (0, -1, 1)], "image 2 has labels -1..-1"),
-        ([""] * 3, [np.eye(32, dtype=int), None, None], "own yields 1 label maps of 3 images"),
+        ([""] * 3, [np.eye(32, dtype=int), None, None], "has 1 label maps for 3 images"),
     ],
 )
 def test_a_reader_that_breaks_the_rules_is_refused(parts, labels, message, tmp_path, monkeypatch):

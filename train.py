@@ -498,7 +498,8 @@ def write_results(model, data, log, folder, seed, seconds):
     rows, slots = picture_rows(model, data, 10)
     picture_grid(rows, folder / "segmentation.png")
     picture_grid(slots, folder / "slots.png")
-    frames = [Image.open(path) for path in sorted((folder / "training").glob("*.png"))]
+    paths = sorted((folder / "training").glob("*.png"))
+    frames = [Image.open(path).quantize(32) for path in paths]
     if frames:
         options = dict(save_all=True, append_images=frames[1:], duration=500, loop=0)
         frames[0].save(folder / "training.gif", **options)
