@@ -843,6 +843,8 @@ def test_the_output_under_bf16_autocast_is_fp32_where_it_must_be():
     for tensor in (output.attention, *output.latents, output.weights, output.reconstruction):
         assert tensor.dtype == torch.float32
     close(output.latents.position, model(images).latents.position, 0.05)
+    rounded = output.background.bfloat16().float()
+    assert differ(output.background, rounded, 1e-4)  # its sigmoid is finer than bf16
 
 
 # ---- Section 4.2 ----
@@ -1609,6 +1611,16 @@ def test_a_model_is_a_function_of_its_seed_and_trains_in_training_mode():
     assert a.config == Config(**{f.name: getattr(LOOP, f.name) for f in fields(Config)})
 
 
+def test_processes_have_the_same_weights_and_a_dropout_of_their_own(monkeypatch):
+    states = []
+    for rank in (0, 1):
+        monkeypatch.setattr(train, "RANK", rank)
+        model = train.build_model(LOOP)
+        states.append((model.encoder.refinement.embedding.weight, torch.get_rng_state()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert not torch.equal(states[0][1], states[1][1])
+
+
 def test_data_of_the_embedded_set_are_parts_that_differ():
     parts = train.load_data(replace(LOOP, train_images=20), "train", "val", "test")
     assert [len(part.images) for part in parts] == [20, 200, 500]
@@ -1756,6 +1768,17 @@ def test_segment_writes_what_it_found_in_the_pixels_of_the_image(tmp_path, whole
     assert np.abs(overlay - blend)[labels > 0].max() < 2
     train.main(["segment", str(tmp_path / "run"), photos[1], "--output", str(tmp_path / "there")])
     assert len(list((tmp_path / "there").iterdir())) == 2
+
+
+def test_segment_counts_the_objects_of_an_image_without_background(
+    tmp_path, whole_run, capsys, monkeypatch
+):
+    full = torch.tensor([1, 2]).repeat(1, 32, 16)  # two objects, no label 0
+    monkeypatch.setattr(ASTSeg, "segment", lambda model, images: full)
+    picture(40, 40).save(tmp_path / "full.png")
+    out = str(tmp_path / "out")
+    train.main(["segment", str(whole_run[0]), str(tmp_path / "full.png"), "--output", out])
+    assert "full.png: 2 objects" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -2135,6 +2158,8 @@ def photos(tmp_path):
         mask.save(data / "masks" / f"{sub}{i:02d}.png")
     (data / "images" / "notes.txt").write_text("no image")
     (data / "images" / ".hidden.png").write_text("no image")
+    (data / "images" / ".thumbnails").mkdir()
+    Image.new("RGB", (9, 9)).save(data / "images" / ".thumbnails" / "00.png")
     (data / "images" / "more").rename(tmp_path / "elsewhere")
     (data / "images" / "more").symlink_to(tmp_path / "elsewhere")
     return data
@@ -2170,6 +2195,15 @@ def test_a_folder_says_what_it_took_and_is_decoded_once(tmp_path, photos, capsys
     picture(mode="RGB").save(images / "new.png")
     assert len(load(tmp_path, "folder", images, (32, 48))["all"].images) == 13
     assert load(tmp_path, "folder", images, (32, 48))["all"].labels is None
+
+
+def test_the_cache_knows_the_time_of_change_and_the_settings(tmp_path):
+    picture().save(tmp_path / "00.png")
+    first = astseg.cache_key("folder", tmp_path, None, 32)
+    assert astseg.cache_key("folder", tmp_path, None, 32) == first
+    assert astseg.cache_key("folder", tmp_path, None, 64) != first
+    os.utime(tmp_path / "00.png", (1, 1))  # the same name and size
+    assert astseg.cache_key("folder", tmp_path, None, 32) != first
 
 
 def picture(*size, mode="RGB"):
@@ -2267,6 +2301,12 @@ def test_image_and_mask_are_turned_as_exif_says(tmp_path):
     assert np.array_equal(astseg.read_labels(tmp_path / "b.png"), turned[..., 0] > 0)
 
 
+def test_a_mask_without_background_has_no_label_0(tmp_path):
+    values = np.array([[7, 7, 40], [40, 200, 7]], np.uint8)
+    Image.fromarray(values).save(tmp_path / "full.png")
+    assert astseg.read_labels(tmp_path / "full.png").tolist() == [[1, 1, 2], [2, 3, 1]]
+
+
 def test_an_opaque_alpha_channel_and_a_palette_are_taken(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     alpha = np.full((9, 7, 1), 255, np.uint8)
@@ -2309,8 +2349,11 @@ def reader_of(parts, labels=None):
 
 def test_parts_are_collected_by_name_in_any_order(tmp_path, monkeypatch):
     names = ["train", "test", "val", "train", "test", "train"]
-    monkeypatch.setitem(astseg.DATASETS, "own", reader_of(names))
+    maps = [np.full((32, 32), n) for n in range(len(names))]
+    monkeypatch.setitem(astseg.DATASETS, "own", reader_of(names, maps))
     parts = load(tmp_path, "own", tmp_path, (32, 32))
+    for part in parts.values():
+        assert torch.equal(part.labels, part.images[:, 0])
     found = {name: part.images[:, 0, 0, 0].tolist() for name, part in parts.items()}
     assert found == dict(test=[1, 4], val=[2], train=[0, 3, 5], all=[1, 4, 2, 0, 3, 5])
 
