@@ -408,10 +408,10 @@ class CoordConv(nn.Module):
 class BackgroundAutoencoder(nn.Module):
     """Background of an image, through 16 latents that have no room for objects ([38]).
 
-    images (B, 3, H, W) -> background (B, 3, H, W) and a prediction
-    (B, H, W) of its error, all in [0, 1]. [38] finds objects where the true error is larger than
-    the predicted one. Here the prediction is only learned along with the background, as the
-    authors do; nothing reads it afterwards. factor scales the hidden channels.
+    images (B, 3, H, W) -> background (B, 3, H, W) and a prediction (B, H, W) of its error, all in
+    [0, 1]. [38] finds objects where the true error is larger than the predicted one. Here the
+    prediction is only learned along with the background, as the authors do; nothing reads it
+    afterwards. factor scales the hidden channels.
     """
 
     def __init__(self, height, width, kind="complex", factor=1.0):
@@ -1149,8 +1149,7 @@ def example_bytes(example, name, shape):
 class DataSet(NamedTuple):
     """How a data set is read."""
 
-    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part); to
-    # the list of notes it may append sentences, which are printed
+    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part)
     crop: float = 1.0  # share of the largest centre crop that is kept
     label_at: float = 0.5  # where in its cell a label is taken, 0.5 as Pillow does, 0 as PyTorch
 
@@ -1168,7 +1167,7 @@ def rooms(name, masks):
 CLEVR = partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), scenery=1)
 
 # A fork's own data set is a line here: its reader yields the parts "test", "val" and "train" in
-# any order, or "" for all images, which are then cut by index.
+# any order, or "" for all images, which are then cut by index. What it appends to notes is printed.
 DATASETS = {
     "folder": DataSet(read_folder),
     "clevr": DataSet(CLEVR, crop=0.8),

@@ -20,7 +20,6 @@ import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -179,6 +178,11 @@ def load_data(training, *names):
     return [parts[name] for name in names]
 
 
+def to_float(images, device):
+    """Bytes to floats in [0, 1] on a device."""
+    return images.to(device).float() / 255
+
+
 @lru_cache(2)
 def epoch_order(count, seed, device):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -198,7 +202,7 @@ def load_batch(arrays, step, batch, training, device):
     """The batch of a step from images, or images and backgrounds: (B, 3, H, W) in [0, 1] each."""
     images = arrays[0]
     index = batch_indices(step, batch, len(images), training.seed, images.device)
-    batches = [array[index].to(device).float() / 255 for array in arrays]
+    batches = [to_float(array[index], device) for array in arrays]
     if training.flip:  # an image and its background alike
         mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
         batches = [torch.where(mirrored, x.flip(3), x) for x in batches]
@@ -212,7 +216,7 @@ def memorise_backgrounds(model, images):
     model.eval()
     memory = torch.empty_like(images)
     for chunk, target in zip(images.split(100), memory.split(100)):
-        background, _ = model.background(chunk.to(device_of(model)).float() / 255)
+        background, _ = model.background(to_float(chunk, device_of(model)))
         target.copy_((background * 255).round())
     return memory
 
@@ -334,7 +338,7 @@ def train(training, folder, model, data, val, test):
     """The whole curriculum, from the start or from the folder's checkpoint, and its results."""
     t, device = training, device_of(model)
     images = data.images
-    state = dict(phase=0, step=0, seconds=0.0, log=[])
+    state = dict(phase=0, seconds=0.0, log=[])
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(device)  # their backgrounds, and the model, want room too
     resumed = (folder / "checkpoint.pt").exists()
@@ -353,7 +357,7 @@ def train(training, folder, model, data, val, test):
         arrays = [images]
         if phase == "foreground":  # its background is frozen
             arrays.append(memorise_backgrounds(model, images))
-            rows = dict(zip(("input", "background"), (a[:10].cpu() / 255 for a in arrays)))
+            rows = dict(zip(("input", "background"), (to_float(a[:10], "cpu") for a in arrays)))
             picture_grid(rows, folder / "backgrounds.png")
         if phase == "background":
             network, batch_size = model.background, t.background_batch
@@ -461,7 +465,7 @@ def evaluate(model, data, count=None):
     rows = []
     for start in range(0, len(data.images[:count]), 50):
         part = slice(start, min(start + 50, count or len(data.images)))
-        images = data.images[part].to(device).float() / 255
+        images = to_float(data.images[part], device)
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         row = {
@@ -515,7 +519,7 @@ PALETTE = torch.tensor([(0, 0, 0), *(color_sequences["tab10"] * 26)[:255]])  # 0
 def picture_rows(model, data, count):
     """Rows of pictures of the first images: as in Figure 2, and of the slots of the first three."""
     device = device_of(model)
-    images = data.images[:count].to(device).float() / 255
+    images = to_float(data.images[:count], device)
     size = images.shape[2:]
     out = model.eval()(images)
     rows, slots = {"input": images}, {}
@@ -710,7 +714,7 @@ def segment_files(
             continue
         box = astseg.centre_crop(image.size, model.config.height, model.config.width)
         pixels, _ = astseg.crop_and_resize(image, None, model.config.height, model.config.width)
-        pixels = torch.tensor(pixels, device=device_of(model))[None] / 255
+        pixels = to_float(torch.tensor(pixels)[None], device_of(model))
         labels = Image.fromarray(model.segment(pixels)[0].byte().cpu().numpy())
         picture = Image.new("P", image.size)  # 0, the background, around the crop
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
