@@ -47,6 +47,7 @@ set to DATASETS.
 """
 
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Annotated, Callable, Literal, NamedTuple, get_args
@@ -65,10 +66,14 @@ def require(holds, sentence):
         raise ValueError(sentence)
 
 
-def cause(error):
-    """What an error of another library says, in one line of at most 300 characters."""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}: {words}"[:300]
+@contextmanager
+def explained(sentence, kind=Exception):
+    """Raise OSError in place of another library's error: the sentence, then its words in a line."""
+    try:
+        yield
+    except kind as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise OSError(f"{sentence} ({words[:300]})") from error
 
 
 # ---- Section 2: attention maps and soft-argmax for localisation ----
@@ -133,13 +138,11 @@ class SegformerGenerator(nn.Module):
     def load_backbone(self, source):
         """Take the backbone of a hub model (nvidia/mit-b3) or a local folder. Raises OSError."""
         config = self.segformer.config
-        try:
+        wanted = f"a Segformer backbone of widths {config.hidden_sizes}"
+        with explained(f"{wanted} was not found in {source!r}"):
             options = dict(config=config, dtype=torch.float32, output_loading_info=True)
             backbone, report = SegformerModel.from_pretrained(source, **options)
             require(not report["missing_keys"], f"missing are {report['missing_keys']}")
-        except Exception as error:  # the hub, JSON, safetensors and sizes each have their own
-            wanted = f"a Segformer backbone of widths {config.hidden_sizes}"
-            raise OSError(f"{wanted} was not found in {source!r} ({cause(error)})") from error
         self.segformer.segformer = backbone
 
     def forward(self, images):
@@ -586,10 +589,8 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     @classmethod
     def from_pretrained(cls, source, **options):
         """The model of a folder or hub name; all its weights must be there. Raises OSError."""
-        try:
+        with explained(f"{source} holds no whole model"):
             return super().from_pretrained(str(source), **{"strict": True, **options})
-        except Exception as error:  # the hub, JSON and safetensors each have their own
-            raise OSError(f"{source} holds no whole model ({cause(error)})") from error
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -815,7 +816,7 @@ import hashlib
 import itertools
 import os
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -951,36 +952,30 @@ def written_whole(path):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # processes that start together have their own
     try:
-        with open(temporary, "wb") as file:
-            yield file
+        # torch.save has a RuntimeError for a full disk.
+        with explained(f"{path} could not be written, is the disk full?", RuntimeError):
+            with open(temporary, "wb") as file:
+                yield file
         os.replace(temporary, path)
-    except RuntimeError as error:  # torch.save has its own words for a full disk
-        raise OSError(f"{path} could not be written, is the disk full? ({cause(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path):
     """What torch.save wrote, mapped from the file. Raises OSError."""
-    try:
+    with explained(f"{path} could not be read"):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise OSError(f"{path} could not be read ({cause(error)})") from error
 
 
 def open_image(path, mask=False):
     """An image as RGB, or a mask in its own mode, turned as its EXIF tag says."""
     kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
-    try:
-        with Image.open(path, formats=kinds) as image:
-            deep = ";16" in str(image.tile)  # the mode of RGB does not tell
-            image.load()
-    except Exception as error:  # Pillow raises many kinds
-        raise OSError(f"{path} is no readable {' or '.join(kinds)} ({cause(error)})") from error
-    try:
+    opened = explained(f"{path} is no readable {' or '.join(kinds)}")
+    with opened, Image.open(path, formats=kinds) as image:
+        deep = ";16" in str(image.tile)  # the mode of RGB does not tell
+        image.load()
+    with suppress(Exception):  # a malformed EXIF block turns nothing
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a malformed EXIF block turns nothing
-        pass
     if mask:
         return image
     require(not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
@@ -1113,7 +1108,7 @@ def read_tfrecords(data, masks, notes, name, shape, scenery):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         for number in tqdm(itertools.count(), "decoding", disable=None, leave=False):
-            try:
+            with explained(f"{path}, record {number}, is damaged"):
                 head = file.read(12)
                 if not head:
                     return
@@ -1122,8 +1117,6 @@ def read_tfrecords(data, masks, notes, name, shape, scenery):
                 require(len(record) == size + 4, "it is cut short, or no record")
                 image = example_bytes(record, b"image", (height, width, 3))
                 mask = example_bytes(record, b"mask", (count, height, width))
-            except Exception as error:
-                raise OSError(f"{path}, record {number}: {error}") from error
             labels = mask.argmax(0).clip(scenery - 1) - (scenery - 1)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
 

@@ -1123,8 +1123,8 @@ PARTS = {
 LOOP = replace(
     train.PRESETS["shapes"], height=32, width=32, slots=3, dim_transformer=64, dim_feedforward=32,
     transformer_layers=1, background_width=0.1, log_alpha_0=0.5, dropout=0.0, device="cpu",
-    background_steps=5, background_batch=4, background_lr=3e-3, steps=7, phase2_steps=4, batch=3,
-    lr=4e-3, warmup=3, decay_at=0.8, entropy_weight=2.0, entropy_warmup=5,
+    background_steps=5, background_batch=4, background_lr=3e-3, background_warmup=2,
+    steps=7, phase2_steps=4, batch=3, lr=4e-3, warmup=3, decay_at=0.8, entropy_weight=2.0, entropy_warmup=5,
     refinement_lr_factor=0.5, alpha_0_lr_factor=0.25, glimpse_lr_factor=2.0,
     log_every=2, evaluate_every=3, checkpoint_every=4,
 )  # fmt: skip
@@ -1172,7 +1172,8 @@ class Loop:
                 if phase == "background":
                     x = images[train.batch_indices(step, 4, 11, t.seed)] / 255
                     terms = {"background": astseg.robust_background_loss(x, *model.background(x))}
-                    rate = 3e-3 if step < 4 else 3e-4  # a tenth from 80 % of 5 on
+                    rate = 3e-3 * min(1, step / 2) ** 2
+                    rate *= 1 if step < 4 else 0.1  # a tenth from 80 % of 5 on
                     (beta1, beta2), eps = (0.9, 0.999), 1e-8
                 else:
                     index = train.batch_indices(step, 3, 11, t.seed)
@@ -2048,13 +2049,13 @@ def test_rooms_are_read_byte_by_byte(dataset, name, masks, test, compress, tmp_p
     "damage, message",
     [
         (lambda data: gzip.compress(data)[:-2000], r"record \d"),
-        (lambda data: data[: len(data) // 2], "record 1: it is cut short, or no record"),
-        (lambda data: data[:-3], "record 2: it is cut short"),
-        (lambda data: b"these are no records, but a text", "record 0: it is cut short"),
-        (lambda data: record(b"x" * 20), "record 0: it has no image"),
-        (lambda data: record(example(image=np.zeros(12288))), "record 0: it has no mask"),
+        (lambda data: data[: len(data) // 2], "record 1, .* it is cut short, or no record"),
+        (lambda data: data[:-3], "record 2, .* it is cut short"),
+        (lambda data: b"these are no records, but a text", "record 0, .* it is cut short"),
+        (lambda data: record(b"x" * 20), "record 0, .* it has no image"),
+        (lambda data: record(example(image=np.zeros(12288))), "record 0, .* it has no mask"),
         (lambda data: record(example(image=np.zeros(12), mask=np.zeros(4))),
-         "record 0: image is not 12288 entries of one byte"),
+         "record 0, .* image is not 12288 entries of one byte"),
         (lambda data: record(example(image=np.zeros(12289), mask=np.zeros(4))), "image is not"),
     ],
 )  # fmt: skip

@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 import astseg
-from astseg import ASTSeg, Config, FloatOrZero, IntOrZero, cause, require, written_whole
+from astseg import ASTSeg, Config, FloatOrZero, IntOrZero, explained, require, written_whole
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, set by torchrun
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
@@ -60,6 +60,7 @@ class Training(Config):
     background_steps: int = 500_000  # steps of phase 1
     background_batch: int = 128  # images per step of phase 1
     background_lr: float = 2e-3  # learning rate of phase 1
+    background_warmup: IntOrZero = 0  # steps over which background_lr grows from 0
     steps: int = 125_000  # steps of phases 2 and 3 together
     phase2_steps: IntOrZero = 30_000  # of these with a frozen background
     batch: int = 64  # images per step of phases 2 and 3
@@ -262,7 +263,9 @@ def set_learning_rate(optimizer, phase, step, training):
     """Set and return the rate of the update after `step` others."""
     t = training
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
-        lr = astseg.learning_rate(step, t.background_lr, t.background_steps, decay_at=0.8)
+        lr = astseg.learning_rate(
+            step, t.background_lr, t.background_steps, t.background_warmup, decay_at=0.8
+        )
     else:  # open: update t uses the rate of step t + 1, the entropy weight of step t
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
@@ -273,6 +276,7 @@ def set_learning_rate(optimizer, phase, step, training):
 # ---- The model, and what makes it fast ----
 
 
+@lru_cache
 def choose_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -295,12 +299,10 @@ def build_model(training):
     if t.pretrained:
         fits = hasattr(model.generator, "load_backbone")
         require(fits, f"the generator {t.generator} has no backbone to load: add --pretrained ''")
-        try:
+        price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
+        way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
+        with explained(f"{t.pretrained} could not be loaded; {way}", OSError):
             model.generator.load_backbone(t.pretrained)
-        except OSError as error:
-            price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
-            way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
-            raise OSError(f"{error}: {way}") from error
     # In a first call transformers installs hooks, which a CUDA graph could not record.
     model.eval().segment(torch.zeros(1, 3, t.height, t.width))
     device = choose_device(t.device)
@@ -348,7 +350,9 @@ def train(training, folder, model, data, val, test):
     started = time.time() - state["seconds"]
 
     phases = curriculum(t)
-    for number, (phase, start, stop) in [*enumerate(phases)][state["phase"] :]:
+    for number, (phase, start, stop) in enumerate(phases):
+        if number < state["phase"]:  # done before the checkpoint
+            continue
         optimizer = make_optimizer(model, phase, t)
         resumed = resumed and number == state["phase"]
         if resumed:
@@ -414,10 +418,8 @@ def save_checkpoint(model, optimizer, state, folder):
     state |= dict(random=torch.get_rng_state())
     with written_whole(folder / "checkpoint.pt") as file:
         torch.save(state, file)
-    try:
+    with explained(f"{folder}/model could not be written, is the disk full?"):
         model.save_pretrained(folder / "unfinished")
-    except Exception as error:  # safetensors has its own words for a full disk
-        raise OSError(f"{folder}/model could not be written ({cause(error)})") from error
     (folder / "model").mkdir(exist_ok=True)
     for path in (folder / "unfinished").iterdir():
         os.replace(path, folder / "model" / path.name)
@@ -582,10 +584,8 @@ def wait():
 def read_settings(folder):
     path = folder / "settings.json"
     require(path.exists(), f"{folder} holds no run: {path} is missing")
-    try:
+    with explained(f"{path} is damaged, or of another version"):
         return Training(**json.loads(path.read_text()))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged, or of another version ({cause(error)})") from error
 
 
 def load_model(folder, device):
@@ -635,9 +635,10 @@ def training_command(name):
     def command(
         training: tyro.conf.OmitArgPrefixes[Training] = preset, output: Path = Path("runs", name)
     ):
-        given = {name: getattr(training, name) for name in ("data", "masks", "cache")}
-        given = {name: os.path.abspath(path) for name, path in given.items() if path}
-        training = replace(training, **given)
+        for field in ("data", "masks", "cache"):  # absolute, to be resumed from any folder
+            path = getattr(training, field)
+            if path:
+                training = replace(training, **{field: os.path.abspath(path)})
         source = f"{training.dataset} {training.data}".strip()
         device = choose_device(training.device)
         print(f"{name}: {source} on {device}, processes: {RANKS}, output: {output}")
