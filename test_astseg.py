@@ -1513,7 +1513,8 @@ def test_two_processes_train_as_one_in_all_three_phases(tmp_path, monkeypatch):
     """Exactly but for rounding, with a generator without batch norm, whose statistics are those of
     a process on a CPU, and with plain gradient descent, since Adam turns rounding into steps."""
     flags = "--generator plain --dropout 0 --background_steps 3 --steps 6 --phase2_steps 3".split()
-    flags += "--lr 0.2 --background_lr 0.5 --log_alpha_0 1".split()
+    flags += "--lr 0.2 --background_lr 0.5 --background_warmup 0".split()
+    flags += "--decay_at 0.65 --log_alpha_0 1".split()
     (tmp_path / "driver.py").write_text(TOGETHER.format(here=str(HERE)))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     output = ["--output", str(tmp_path / "two")]

@@ -40,9 +40,15 @@ from PIL import Image, ImageDraw
 import astseg
 from astseg import ASTSeg, Config, FloatOrZero, IntOrZero, explained, require, written_whole
 
+Device = Literal["auto", "cuda", "mps", "cpu"]
 RANK = int(os.environ.get("RANK", 0))  # of this process among RANKS, set by torchrun
 RANKS = int(os.environ.get("WORLD_SIZE", 1))
-Device = Literal["auto", "cuda", "mps", "cpu"]
+
+
+def wait():
+    """Let the processes wait for each other."""
+    if RANKS > 1:
+        dist.barrier()
 
 
 # ---- Settings: the paper's, and presets that replace some ----
@@ -67,15 +73,15 @@ class Training(Config):
     lr: float = 4e-5  # learning rate of phases 2 and 3
     warmup: IntOrZero = 5_000  # steps over which lr grows from 0
     decay_at: float = 0.9  # share of the steps after which lr falls to a tenth
-    entropy_weight: FloatOrZero = 1e-2  # lambda_pixel
-    entropy_warmup: IntOrZero = 10_000  # N_pixel
+    entropy_weight: FloatOrZero = 1e-2  # weight of the entropy loss, lambda_pixel
+    entropy_warmup: IntOrZero = 10_000  # steps over which entropy_weight grows from 0, N_pixel
     refinement_start: Literal["stock", "identity"] = "stock"  # identity is for short runs
     refinement_lr_factor: FloatOrZero = 1.0  # on lr, for the transformer encoder
     alpha_0_lr_factor: FloatOrZero = 1.0  # on lr, for the activation of the background
     glimpse_lr_factor: FloatOrZero = 1.0  # on lr, for the glimpse generator
     pretrained: str = "nvidia/mit-b3"  # backbone: a hub name, a folder or '' for random weights
     flip: bool = False  # mirror training images at random; not in the paper
-    train_images: int = 10_000  # how many shapes are drawn for training
+    train_images: int = 10_000  # how many images are drawn for training
     device: Device = "auto"  # auto is cuda where there is one, else cpu
     bf16: bool = True  # mixed precision, on cuda
     cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
@@ -86,8 +92,8 @@ class Training(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        part = f"phase2_steps is {self.phase2_steps}: use a part of {self.steps} steps"
-        require(self.phase2_steps <= self.steps, part)
+        fits = self.scenario != "CT" or self.phase2_steps <= self.steps
+        require(fits, f"phase2_steps is {self.phase2_steps}: use a part of {self.steps} steps")
 
 
 # differs: small sizes and short schedules, for two CPU cores; no component is left out.
@@ -130,8 +136,7 @@ SHAPES = SMALL | dict(
     dropout=0.0,  # it blurs glimpses, and 8000 images are not learned by heart
     scale_max=6.0,  # the smallest object is a third of the image
     log_alpha_0=3.5,
-    background_steps=5000,  # twelve walls in changing light
-    background_batch=8,
+    background_steps=3000,  # twelve walls in changing light
     background_lr=2e-3,  # the paper's; a low rate does not tell the walls apart in time
     background_warmup=500,  # without it, that rate never tells them apart
     steps=10_000,
@@ -167,14 +172,15 @@ def load_data(training, *names):
     if t.dataset == "shapes":
         require(not t.data, f"shapes are drawn, they have no --data {t.data}: use the preset small")
         require(t.height == t.width, "shapes are drawn on squares: width is not height")
+        require("all" not in names, "shapes are drawn apart: there is no all part")
         counts = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
-        require(counts.keys() >= {*names}, "shapes are drawn apart: there is no all part")
         return [astseg.draw_shapes(*counts[name], t.height) for name in names]
     require(t.data, f"the data set {t.dataset} is read from files: name them by --data")
-    where = t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
     for rank in range(RANKS):  # one process after the other: the first one decodes
         if rank == RANK:
-            parts = astseg.load_dataset(*where)
+            parts = astseg.load_dataset(
+                t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
+            )
         wait()
     for name in names:
         require(len(parts[name].images), f"{t.dataset} {t.data} has no {name} part")
@@ -215,7 +221,7 @@ def load_batch(arrays, step, batch, training, device):
 @torch.no_grad()
 def memorise_backgrounds(model, images):
     """The background of each image, (N, 3, H, W) uint8, on the images' device (section 5.2)."""
-    # open: in phase 2 of the curriculum too, at 8 bits per channel, rounded
+    # open: section 5.2 has it for the scenario frozen; we do so in phase 2 too, and as bytes
     model.eval()
     memory = torch.empty_like(images)
     for chunk, target in zip(images.split(100), memory.split(100)):
@@ -232,11 +238,15 @@ def curriculum(training):
     background; in phase 3, "joint", all learns. "frozen" is of section 5.2.
     """
     t = training
-    middle = {"CT": t.phase2_steps, "BT": 0, "frozen": t.steps}[t.scenario]
-    phase1 = ("background", 0, 0 if t.scenario == "BT" else t.background_steps)
-    # open: phases 2 and 3 share one step counter
-    phases = [phase1, ("foreground", 0, middle), ("joint", middle, t.steps)]
-    return [phase for phase in phases if phase[1] < phase[2]]
+    if t.scenario == "BT":
+        return [("joint", 0, t.steps)]
+    phase2_steps = t.phase2_steps if t.scenario == "CT" else t.steps
+    phases = [
+        ("background", 0, t.background_steps),
+        ("foreground", 0, phase2_steps),  # open: phases 2 and 3 share one step counter
+        ("joint", phase2_steps, t.steps),
+    ]
+    return [(name, start, stop) for name, start, stop in phases if start < stop]
 
 
 def make_optimizer(model, phase, training):
@@ -257,7 +267,8 @@ def make_optimizer(model, phase, training):
     if phase == "background":  # open: Adam with its default betas
         return torch.optim.Adam([background_group], fused=True)
     # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
-    groups += [background_group] if phase == "joint" else []
+    if phase == "joint":
+        groups.append(background_group)
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -268,7 +279,7 @@ def set_learning_rate(optimizer, phase, step, training):
         lr = astseg.learning_rate(
             step, t.background_lr, t.background_steps, t.background_warmup, decay_at=0.8
         )
-    else:  # open: update t uses the rate of step t + 1, the entropy weight of step t
+    else:  # open: update n uses the rate of step n + 1, the entropy weight of step n
         lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
@@ -278,13 +289,15 @@ def set_learning_rate(optimizer, phase, step, training):
 # ---- The model, and what makes it fast ----
 
 
-@lru_cache
+@lru_cache  # to warn once
 def choose_device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "mps":
         print("warning: nobody has tried mps yet")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name)
 
 
 def device_of(model):
@@ -340,41 +353,45 @@ def accelerate(network, batch, training):
 
 def train(training, folder, model, data, val, test):
     """The whole curriculum, from the start or from the folder's checkpoint, and its results."""
-    t, device = training, device_of(model)
+    t = training
+    device = device_of(model)
     images = data.images
-    state = dict(phase=0, seconds=0.0, log=[])
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(device)  # their backgrounds, and the model, want room too
     resumed = (folder / "checkpoint.pt").exists()
     if resumed:
         state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
-    started = time.time() - state["seconds"]
+    else:
+        state = dict(phase=0, seconds=0.0, log=[])
+    run_began = time.time() - state["seconds"]
 
     phases = curriculum(t)
     for number, (phase, start, stop) in enumerate(phases):
         if number < state["phase"]:  # done before the checkpoint
             continue
         optimizer = make_optimizer(model, phase, t)
-        resumed = resumed and number == state["phase"]
         if resumed:
             optimizer.load_state_dict(state["optimizer"])
             start = state["step"]
         arrays = [images]
         if phase == "foreground":  # its background is frozen
-            arrays.append(memorise_backgrounds(model, images))
-            rows = dict(zip(("input", "background"), (to_float(a[:10], "cpu") for a in arrays)))
-            picture_grid(rows, folder / "backgrounds.png")
-        if phase == "background":
-            network, batch_size = model.background, t.background_batch
-        else:
-            network, batch_size = model, t.batch
+            memory = memorise_backgrounds(model, images)
+            arrays.append(memory)
+            if RANK == 0:
+                rows = {"input": images[:10], "background": memory[:10]}
+                rows = {name: to_float(row, "cpu") for name, row in rows.items()}
+                picture_grid(rows, folder / "backgrounds.png")
+        network = model.background if phase == "background" else model
+        batch_size = t.background_batch if phase == "background" else t.batch
         model.train()
         network = accelerate(network, load_batch(arrays, start, batch_size, t, device), t)
         if resumed and RANK == 0:  # the other processes draw their own dropout
             torch.set_rng_state(state["random"])
+        resumed = False  # the next phase starts afresh
         print(f"\nphase {number + 1} of {len(phases)}, {phase}: steps {start} to {stop}\n{HEAD}")
-        losses, clock, began = [], time.time(), time.time()
+        losses = []
+        row_began = phase_began = time.time()
         for step in range(start, stop):
             lr = set_learning_rate(optimizer, phase, step, t)
             x, *frozen_background = load_batch(arrays, step, batch_size, t, device)
@@ -391,35 +408,36 @@ def train(training, folder, model, data, val, test):
 
             # Plumbing from here on: log, evaluate, save.
             losses.append(torch.stack([*terms.values(), loss]).detach())
-            intervals = t.log_every, t.evaluate_every, t.checkpoint_every
-            log_now, evaluate_now, save_now = (
-                (step + 1) % interval == 0 or step + 1 == stop for interval in intervals
-            )
+            done = step + 1
+            log_now = done == stop or done % t.log_every == 0
+            evaluate_now = done == stop or done % t.evaluate_every == 0
+            save_now = done == stop or done % t.checkpoint_every == 0
             if not (log_now or evaluate_now or save_now):
                 continue
             means = torch.stack(losses).mean(0).tolist()
-            row = dict(phase=phase, step=step + 1, lr=lr) | dict(zip([*terms, "loss"], means))
-            row["images/s"] = len(losses) * batch_size / (time.time() - clock)
-            row["left"] = (stop - step - 1) * (time.time() - began) / (step + 1 - start)
+            row = dict(phase=phase, step=done, lr=lr)
+            row.update(zip([*terms, "loss"], means))
+            row["images/s"] = len(losses) * batch_size / (time.time() - row_began)
+            row["left"] = (stop - done) * (time.time() - phase_began) / (done - start)  # of a phase
             if RANK == 0:
                 validation = val if evaluate_now and phase != "background" else None
                 report(model, validation, row, folder, state)
-            if RANK == 0 and save_now:
-                state |= dict(phase=number, step=step + 1, seconds=time.time() - started)
-                save_checkpoint(model, optimizer, state, folder)
-            losses, clock = [], time.time()
+                if save_now:
+                    state |= dict(phase=number, step=done, seconds=time.time() - run_began)
+                    save_checkpoint(model, optimizer, state, folder)
+            losses = []
+            row_began = time.time()
             model.train()
     if RANK == 0:
-        write_results(model, test, state["log"], folder, t.seed, time.time() - started)
+        write_results(model, test, state["log"], folder, t.seed, time.time() - run_began)
     wait()
 
 
 def save_checkpoint(model, optimizer, state, folder):
     """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
-    state |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    state |= dict(random=torch.get_rng_state())
+    weights = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     with written_whole(folder / "checkpoint.pt") as file:
-        torch.save(state, file)
+        torch.save(state | weights | dict(random=torch.get_rng_state()), file)
     with explained(f"{folder}/model could not be written, is the disk full?"):
         model.save_pretrained(folder / "unfinished")
     (folder / "model").mkdir(exist_ok=True)
@@ -441,15 +459,15 @@ def report(model, validation, row, folder, state):
     if validation is not None:
         row |= evaluate(model, validation, 200)
         rows, _ = picture_rows(model, validation, 4)
-        rows = {f"step {row['step']}": rows.pop("input")} | rows
+        captioned = {f"step {row['step']}": rows.pop("input")}
         (folder / "training").mkdir(exist_ok=True)
-        picture_grid(rows, folder / "training" / f"{row['step']:06d}.png")
+        picture_grid(captioned | rows, folder / "training" / f"{row['step']:06d}.png")
     state["log"].append(row)
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in state["log"]))
     minutes, seconds = divmod(round(row["left"]), 60)
-    cells = row | dict(left=f"{minutes}:{seconds:02d}", step=str(row["step"]))
-    cells = [cells.get(name, "") for name in COLUMNS]
-    print("".join(f"{c if isinstance(c, str) else f'{c:.4g}':>11}" for c in cells))
+    cells = {name: f"{row[name]:.4g}" for name in COLUMNS if name in row}
+    cells |= dict(left=f"{minutes}:{seconds:02d}", step=str(row["step"]))
+    print("".join(f"{cells.get(name, ''):>11}" for name in COLUMNS))
     if row.get("foreground", 1) < 0.005:
         print("warning: no foreground yet: train longer, raise --lr or lower --log_alpha_0")
     if row.get("clamped", 0) > 0.5:
@@ -463,19 +481,21 @@ METRICS = ("mIoU", "mIoU-FG", "ARI-FG", "MSC-FG", "MSE")
 
 @torch.no_grad()
 def evaluate(model, data, count=None):
-    """Metrics and signs of health, each the mean over the images; without labels MSE alone."""
+    """Signs of health and metrics, of which MSE alone wants no labels: means over the images."""
     model.eval()
-    slots, device = model.config.slots, device_of(model)
+    slots = model.config.slots
+    device = device_of(model)
     rows = []
-    for start in range(0, len(data.images[:count]), 50):
-        part = slice(start, min(start + 50, count or len(data.images)))
+    total = len(data.images[:count])
+    for start in range(0, total, 50):
+        part = slice(start, min(start + 50, total))
         images = to_float(data.images[part], device)
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         row = {
             "MSE": (images - output.reconstruction).square().sum((1, 2, 3)),
             "foreground": (labels > 0).float().mean((1, 2)),
-            "active": F.one_hot(labels, slots + 1).amax((1, 2))[:, 1:].sum(1),
+            "active": F.one_hot(labels, slots + 1).amax((1, 2))[:, 1:].sum(1),  # slots with a pixel
             "clamped": (output.latents.position.abs() == 1).any(2).float().mean(1),
         }
         if data.labels is not None:
@@ -484,14 +504,16 @@ def evaluate(model, data, count=None):
             row["ARI-FG"] = astseg.adjusted_rand_index(*pair)
             row["MSC-FG"] = astseg.segmentation_covering(*pair)
         rows.append(row)
-    return {name: torch.cat([r[name].cpu().double() for r in rows]).mean().item() for name in row}
+    columns = {name: torch.cat([row[name].cpu().double() for row in rows]) for name in rows[0]}
+    return {name: column.mean().item() for name, column in columns.items()}
 
 
 def print_table(rows):
     """Rows (name, metrics) as in Table 1, in per cent but for the MSE."""
     print(f"\n{'':20}" + "".join(f"{name:>10}" for name in METRICS))
+    factors = dict.fromkeys(METRICS, 100) | {"MSE": 1}
     for name, row in rows:
-        cells = (row.get(m, math.nan) * (1 if m == "MSE" else 100) for m in METRICS)
+        cells = (row.get(m, math.nan) * factors[m] for m in METRICS)
         print(f"{name:20}" + "".join(f"{cell:10.2f}" for cell in cells))
 
 
@@ -537,22 +559,22 @@ def picture_rows(model, data, count):
     for b in range(len(images[:3])):
         attention = out.attention[b, :, None]  # (K, 1, h, w)
         attention = F.interpolate(attention / attention.amax((2, 3), keepdim=True), size)
-        away = (pixels - out.attention_position[b, :, :, None, None]).norm(dim=1, keepdim=True)
+        offset = pixels - out.attention_position[b, :, :, None, None]  # (K, 2, H, W)
+        away = offset.norm(dim=1, keepdim=True)  # (K, 1, H, W)
+        attention = attention.where(away > 0.08, red)  # (K, 3, H, W), a spot at the soft-argmax
         color, mask = F.interpolate(out.glimpses[b], size).split([3, 1], dim=1)
-        pairs = {
-            "attention": (images, attention.where(away > 0.08, red)),  # a spot of soft-argmax
-            "glimpse": (out.background, 1 - mask * (1 - color)),  # white where there is nothing
-            "layer": (out.reconstruction, 1 - out.weights[b, 1:, None] * (1 - out.layers[b])),
-        }
-        for name, (whole, each) in pairs.items():
-            slots[f"{name} {b + 1}"] = torch.cat((whole[b : b + 1], each))
+        glimpse = 1 - mask * (1 - color)  # white where there is nothing
+        layer = 1 - out.weights[b, 1:, None] * (1 - out.layers[b])
+        slots[f"attention {b + 1}"] = torch.cat((images[b, None], attention))
+        slots[f"glimpse {b + 1}"] = torch.cat((out.background[b, None], glimpse))
+        slots[f"layer {b + 1}"] = torch.cat((out.reconstruction[b, None], layer))
     return rows, slots
 
 
 def picture_grid(rows, path):
     """Save rows {name: pictures (B, 3, H, W) in [0, 1]} as one picture, twice as large."""
     strips = [F.pad(row.cpu(), (1,) * 4, value=1.0) for row in rows.values()]
-    grid = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)
+    grid = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)  # (3, H, W)
     grid = F.interpolate(F.pad(grid, (55, 0), value=1.0)[None], scale_factor=2)[0]  # names left
     picture = Image.fromarray((grid.clamp(0, 1) * 255).byte().movedim(0, 2).numpy())
     for i, name in enumerate(rows):
@@ -578,11 +600,6 @@ def draw_curves(log, path):
 # ---- Commands ----
 
 
-def wait():
-    if RANKS > 1:
-        dist.barrier()
-
-
 def read_settings(folder):
     path = folder / "settings.json"
     require(path.exists(), f"{folder} holds no run: {path} is missing")
@@ -606,8 +623,8 @@ def refuse_taken(folder):
 def start(training, folder, resume=False):
     """Check all that can be refused, and train. What was decoded stays in the cache."""
     parts = load_data(training, "train", "val", "test")
+    count = len(parts[0].images)
     for size in (training.batch, training.background_batch):
-        count = len(parts[0].images)
         require(count >= size, f"{count} training images do not fill a batch of {size}")
         require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
     # A checkpoint replaces the backbone anyway.
@@ -647,7 +664,7 @@ def training_command(name):
         refuse_taken(output)
         if training.data:
             require(os.path.exists(training.data), f"{training.data} does not exist")
-            inside = output.absolute().is_relative_to(training.data)
+            inside = Path(os.path.abspath(output)).is_relative_to(training.data)
             require(not inside, f"{output} is inside the data: name another --output")
         start(training, output)
 
@@ -675,7 +692,11 @@ def evaluate_runs(
     They are those of the run's own data, unless dataset, data and masks name others.
     """
     require(runs, "evaluate takes at least one run folder")
-    given = {name: value for name, value in dict(dataset=dataset, data=data).items() if value}
+    given = {}
+    if dataset:
+        given["dataset"] = dataset
+    if data:
+        given["data"] = data
     if given or masks:  # the run's own masks belong to its own data
         given["masks"] = masks
     rows = []
@@ -707,7 +728,9 @@ def segment_files(
     require(images, "segment takes a run folder and then at least one image")
     once = len({path.stem for path in images}) == len(images)
     require(once, "two images have one name: their results would collide")
-    model, output, bad = load_model(run, device), output or run / "segmented", 0
+    model = load_model(run, device)
+    output = output or run / "segmented"
+    bad = 0
     for path in images:
         try:
             image = astseg.open_image(path)
@@ -718,24 +741,25 @@ def segment_files(
         box = astseg.centre_crop(image.size, model.config.height, model.config.width)
         pixels, _ = astseg.crop_and_resize(image, None, model.config.height, model.config.width)
         pixels = to_float(torch.tensor(pixels)[None], device_of(model))
-        labels = Image.fromarray(model.segment(pixels)[0].byte().cpu().numpy())
+        labels = model.segment(pixels)[0].byte().cpu().numpy()
         picture = Image.new("P", image.size)  # 0, the background, around the crop
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
         crop = box[2] - box[0], box[3] - box[1]
-        picture.paste(labels.resize(crop, Image.Resampling.NEAREST), box)
-        half = picture.point(lambda label: 128 * (label > 0), "L")
+        picture.paste(Image.fromarray(labels).resize(crop, Image.Resampling.NEAREST), box)
+        opacity = picture.point(lambda label: 128 * (label > 0), "L")
         output.mkdir(parents=True, exist_ok=True)
         picture.save(output / f"{path.stem}_labels.png")
-        overlay = Image.composite(picture.convert("RGB"), image, half)
+        overlay = Image.composite(picture.convert("RGB"), image, opacity)
         overlay.save(output / f"{path.stem}_overlay.png")
-        objects = len(np.unique(labels)) - (0 in np.asarray(labels))
+        objects = np.unique(labels[labels > 0]).size
         print(f"{path}: {objects} objects -> {output}/{path.stem}_labels.png")
     require(not bad, f"{bad} of {len(images)} images could not be read")
 
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else [str(a) for a in arguments]
-    if not arguments or (arguments[0][:1] == "-" and arguments[0] not in ("-h", "--help")):
+    unnamed = not arguments or arguments[0].startswith("-")
+    if unnamed and arguments[:1] not in (["-h"], ["--help"]):
         arguments = ["shapes", *arguments]
     commands = {name: training_command(name) for name in PRESETS}
     commands |= dict(resume=resume, evaluate=evaluate_runs, segment=segment_files)
