@@ -1809,7 +1809,7 @@ def test_segment_counts_the_objects_of_an_image_without_background(
         ("resume /nowhere --lr 1", "Unrecognized or misplaced options: --lr"),
         ("--dim_transformer 16", "the identity start needs 38"),
         ("small --data . --output runs/x", "runs/x is inside the data: name another --output"),
-        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 11500 steps"),
+        ("--phase2_steps 99999", "phase2_steps is 99999: use a part of 10000 steps"),
         ("--height 40", "shapes are drawn on squares"),
         ("--data /dev/null", "shapes are drawn, they have no --data"),
         ("--dataset folder", "the data set folder is read from files: name them by --data"),
