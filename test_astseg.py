@@ -1124,7 +1124,8 @@ LOOP = replace(
     train.PRESETS["shapes"], height=32, width=32, slots=3, dim_transformer=64, dim_feedforward=32,
     transformer_layers=1, background_width=0.1, log_alpha_0=0.5, dropout=0.0, device="cpu",
     background_steps=5, background_batch=4, background_lr=3e-3, background_warmup=2,
-    steps=7, phase2_steps=4, batch=3, lr=4e-3, warmup=3, decay_at=0.8, entropy_weight=2.0, entropy_warmup=5,
+    steps=7, phase2_steps=4, batch=3, lr=4e-3, warmup=3, decay_at=0.8,
+    entropy_weight=2.0, entropy_warmup=5,
     refinement_lr_factor=0.5, alpha_0_lr_factor=0.25, glimpse_lr_factor=2.0,
     log_every=2, evaluate_every=3, checkpoint_every=4,
 )  # fmt: skip

@@ -435,9 +435,10 @@ def train(training, folder, model, data, val, test):
 
 def save_checkpoint(model, optimizer, state, folder):
     """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
-    weights = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    now = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    now["random"] = torch.get_rng_state()
     with written_whole(folder / "checkpoint.pt") as file:
-        torch.save(state | weights | dict(random=torch.get_rng_state()), file)
+        torch.save(state | now, file)
     with explained(f"{folder}/model could not be written, is the disk full?"):
         model.save_pretrained(folder / "unfinished")
     (folder / "model").mkdir(exist_ok=True)
@@ -603,7 +604,7 @@ def draw_curves(log, path):
 def read_settings(folder):
     path = folder / "settings.json"
     require(path.exists(), f"{folder} holds no run: {path} is missing")
-    with explained(f"{path} is damaged, or of another version"):
+    with explained(f"{path} is damaged, or of another version", (TypeError, ValueError)):
         return Training(**json.loads(path.read_text()))
 
 
