@@ -1062,13 +1062,13 @@ def test_colours_tell_objects_neither_from_each_other_nor_from_the_wall():
 
 def test_the_schedule_of_each_scenario():
     t = train.Training()
-    background = ("background", 0, 500_000)
-    both = [("foreground", 0, 30_000), ("joint", 30_000, 125_000)]
+    background = ("background", 0, 500_000, 128)
+    both = [("foreground", 0, 30_000, 64), ("joint", 30_000, 125_000, 64)]
     assert train.curriculum(t) == [background, *both]
-    assert train.curriculum(replace(t, scenario="BT")) == [("joint", 0, 125_000)]
+    assert train.curriculum(replace(t, scenario="BT")) == [("joint", 0, 125_000, 64)]
     frozen = train.curriculum(replace(t, scenario="frozen"))
-    assert frozen == [background, ("foreground", 0, 125_000)]
-    assert train.curriculum(replace(t, phase2_steps=0)) == [background, ("joint", 0, 125_000)]
+    assert frozen == [background, ("foreground", 0, 125_000, 64)]
+    assert train.curriculum(replace(t, phase2_steps=0)) == [background, ("joint", 0, 125_000, 64)]
 
 
 def test_each_epoch_shows_each_image_once():

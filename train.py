@@ -234,19 +234,19 @@ def memorise_backgrounds(model, images):
 
 
 def curriculum(training):
-    """The phases of a scenario: (name, first step, stop). Phase 2, "foreground", has a frozen
-    background; in phase 3, "joint", all learns. "frozen" is of section 5.2.
+    """The phases of a scenario: (name, first step, stop, images per step). Phase 2, "foreground",
+    has a frozen background; in phase 3, "joint", all learns. "frozen" is of section 5.2.
     """
     t = training
     if t.scenario == "BT":
-        return [("joint", 0, t.steps)]
+        return [("joint", 0, t.steps, t.batch)]
     phase2_steps = t.phase2_steps if t.scenario == "CT" else t.steps
     phases = [
-        ("background", 0, t.background_steps),
-        ("foreground", 0, phase2_steps),  # open: phases 2 and 3 share one step counter
-        ("joint", phase2_steps, t.steps),
+        ("background", 0, t.background_steps, t.background_batch),
+        ("foreground", 0, phase2_steps, t.batch),  # open: phases 2 and 3 share one step counter
+        ("joint", phase2_steps, t.steps, t.batch),
     ]
-    return [(name, start, stop) for name, start, stop in phases if start < stop]
+    return [(name, start, stop, batch) for name, start, stop, batch in phases if start < stop]
 
 
 def make_optimizer(model, phase, training):
@@ -316,8 +316,10 @@ def build_model(training):
         require(fits, f"the generator {t.generator} has no backbone to load: add --pretrained ''")
         price = "61.74 for 79.58 on CLEVRTEX, 88.94 for 90.27 on CLEVR"
         way = f"--pretrained '' starts from random weights; the paper's mIoU is then {price}"
-        with explained(f"{t.pretrained} could not be loaded; {way}", OSError):
+        try:
             model.generator.load_backbone(t.pretrained)
+        except OSError as error:
+            raise OSError(f"{error}; {way}") from error
     # In a first call transformers installs hooks, which a CUDA graph could not record.
     model.eval().segment(torch.zeros(1, 3, t.height, t.width))
     device = choose_device(t.device)
@@ -367,7 +369,7 @@ def train(training, folder, model, data, val, test):
     run_began = time.time() - state["seconds"]
 
     phases = curriculum(t)
-    for number, (phase, start, stop) in enumerate(phases):
+    for number, (phase, start, stop, batch) in enumerate(phases):
         if number < state["phase"]:  # done before the checkpoint
             continue
         optimizer = make_optimizer(model, phase, t)
@@ -383,9 +385,8 @@ def train(training, folder, model, data, val, test):
                 rows = {name: to_float(row, "cpu") for name, row in rows.items()}
                 picture_grid(rows, folder / "backgrounds.png")
         network = model.background if phase == "background" else model
-        batch_size = t.background_batch if phase == "background" else t.batch
         model.train()
-        network = accelerate(network, load_batch(arrays, start, batch_size, t, device), t)
+        network = accelerate(network, load_batch(arrays, start, batch, t, device), t)
         if resumed and RANK == 0:  # the other processes draw their own dropout
             torch.set_rng_state(state["random"])
         resumed = False  # the next phase starts afresh
@@ -394,7 +395,7 @@ def train(training, folder, model, data, val, test):
         row_began = phase_began = time.time()
         for step in range(start, stop):
             lr = set_learning_rate(optimizer, phase, step, t)
-            x, *frozen_background = load_batch(arrays, step, batch_size, t, device)
+            x, *frozen_background = load_batch(arrays, step, batch, t, device)
             with autocast(device, t):
                 if phase == "background":
                     terms = {"background": astseg.robust_background_loss(x, *network(x))}
@@ -417,7 +418,7 @@ def train(training, folder, model, data, val, test):
             means = torch.stack(losses).mean(0).tolist()
             row = dict(phase=phase, step=done, lr=lr)
             row.update(zip([*terms, "loss"], means))
-            row["images/s"] = len(losses) * batch_size / (time.time() - row_began)
+            row["images/s"] = len(losses) * batch / (time.time() - row_began)
             row["left"] = (stop - done) * (time.time() - phase_began) / (done - start)  # of a phase
             if RANK == 0:
                 validation = val if evaluate_now and phase != "background" else None
@@ -625,9 +626,9 @@ def start(training, folder, resume=False):
     """Check all that can be refused, and train. What was decoded stays in the cache."""
     parts = load_data(training, "train", "val", "test")
     count = len(parts[0].images)
-    for size in (training.batch, training.background_batch):
-        require(count >= size, f"{count} training images do not fill a batch of {size}")
-        require(size % RANKS == 0, f"{RANKS} processes cannot share a batch of {size}")
+    for _, _, _, batch in curriculum(training):
+        require(count >= batch, f"{count} training images do not fill a batch of {batch}")
+        require(batch % RANKS == 0, f"{RANKS} processes cannot share a batch of {batch}")
     # A checkpoint replaces the backbone anyway.
     saved = (folder / "checkpoint.pt").exists()
     model = build_model(replace(training, pretrained="") if saved else training)
