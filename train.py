@@ -123,6 +123,7 @@ SMALL = dict(
     entropy_weight=0.015,
     entropy_warmup=3000,
     refinement_start="identity",  # PyTorch's start idles for thousands of steps
+    # differs: the paper has one learning rate for all parts.
     refinement_lr_factor=0.1,  # or slots are driven out of the image and stay there
     alpha_0_lr_factor=0.33,  # else alpha_0 falls until objects take their rims
     glimpse_lr_factor=3.0,  # glimpses lag behind positions otherwise
