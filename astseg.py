@@ -50,8 +50,9 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Annotated, Callable, Literal, NamedTuple, get_args
+from typing import Annotated, Callable, Literal, NamedTuple, get_args, get_origin
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
@@ -160,10 +161,8 @@ def normalized_coordinates(height, width, device=None):
     edges of the image. At x = 1 that is a gap of half a cell, or 2 pixels with the Segformer, and
     in proportion elsewhere. The refinement can learn to close it.
     """
-    i = torch.arange(width, device=device)
+    i = torch.arange(width, device=device)  # from 0, where the paper counts from 1
     j = torch.arange(height, device=device)
-    # The paper's 2 (i - 1) / (w - 1) - 1 with i from 0, over one denominator, so that a single cell
-    # comes out at 0.
     x = (2 * i - (width - 1)) / max(1, width - 1)  # eq. (12)
     y = (2 * j - (height - 1)) / max(1, height - 1)  # eq. (13)
     return x, y
@@ -399,10 +398,11 @@ class CoordConv(nn.Module):
 
     def forward(self, x):
         def coordinates(n):  # from -0.5 to 0.5; [38] puts a single one at 1
-            return torch.linspace(-0.5, 0.5, n) if n > 1 else torch.ones(1)
+            return torch.linspace(-0.5 if n > 1 else 1, 0.5, n, device=x.device)
 
-        axes = [coordinates(n).to(x) for n in x.shape[2:]]  # rows (h,) and columns (w,)
-        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
+        # Made on x's own device: a CUDA graph cannot record a copy from the CPU.
+        axes = [coordinates(n) for n in x.shape[2:]]  # rows (h,) and columns (w,)
+        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x.dtype)  # (2, h, w)
         x = torch.cat((x, rows_columns.expand(x.shape[0], -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
         x = self.convolution(x)  # (B, C', h', w')
         return x if self.norm is None else F.celu(self.norm(x))
@@ -424,13 +424,12 @@ class BackgroundAutoencoder(nn.Module):
         for channels in (down, up):  # in multiples of a norm's group, 16
             channels[1:-1] = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
         encoder, decoder = [], []
-        for level, (kernel, stride, padding, remainder) in enumerate(blocks):
+        for i, (kernel, stride, padding, remainder) in enumerate(blocks):
             shape = dict(kernel_size=kernel, stride=stride, padding=padding, bias=False)
-            conv = nn.Conv2d(down[level] + 2, down[level + 1], **shape)
-            shape["output_padding"] = remainder
-            back = nn.ConvTranspose2d(up[level + 1] + 2, up[level], **shape)
+            conv = nn.Conv2d(down[i] + 2, down[i + 1], **shape)
+            back = nn.ConvTranspose2d(up[i + 1] + 2, up[i], output_padding=remainder, **shape)
             encoder.append(CoordConv(conv))
-            decoder.insert(0, CoordConv(back, norm=level > 0))
+            decoder.insert(0, CoordConv(back, norm=i > 0))
         self.encoder = nn.Sequential(*encoder)
         self.decoder = nn.Sequential(*decoder)
 
@@ -443,7 +442,8 @@ class BackgroundAutoencoder(nn.Module):
 
 # ---- Table 6 and Figure 1: the whole model ----
 
-IntOrZero = Annotated[int, "or 0"]  # all other numbers of the settings are positive
+# Numbers of the settings are positive, but for these and log_alpha_0.
+IntOrZero = Annotated[int, "or 0"]
 FloatOrZero = Annotated[float, "or 0"]
 
 
@@ -476,11 +476,12 @@ class Config:
         for field in fields(self):
             name = field.name
             value = getattr(self, name)
-            kind, *or_zero = get_args(field.type) or [field.type]
-            if isinstance(kind, str):  # the arguments of a Literal are its choices
+            if get_origin(field.type) is Literal:
                 choices = get_args(field.type)
                 require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
-            elif kind in (int, float):
+                continue
+            kind, *or_zero = get_args(field.type) or [field.type]  # IntOrZero has int and "or 0"
+            if kind in (int, float):
                 fits = isinstance(value, (int, kind)) and math.isfinite(value)
                 fits = fits and (value > 0 or (or_zero and value == 0) or name == "log_alpha_0")
                 number = "a positive whole number" if kind is int else "a positive number"
@@ -488,8 +489,11 @@ class Config:
         known = ", ".join(GENERATORS)
         fits = self.generator in GENERATORS
         require(fits, f"generator is {self.generator!r}: use one of {known}")
-        sides, heads, dim = (self.height, self.width), self.transformer_heads, self.dim_transformer
-        low, high = self.scale_min, self.scale_max
+        sides = self.height, self.width
+        heads = self.transformer_heads
+        dim = self.dim_transformer
+        low = self.scale_min
+        high = self.scale_max
         require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
         require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
         require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
@@ -524,13 +528,10 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         refinement = None
         if config.transformer:
             refinement = Refinement(
-                dim + 2,
-                width=config.dim_transformer,
-                heads=config.transformer_heads,
-                feedforward=config.dim_feedforward,
-                layers=config.transformer_layers,
+                dim + 2, width=config.dim_transformer, heads=config.transformer_heads,
+                feedforward=config.dim_feedforward, layers=config.transformer_layers,
                 dropout=config.dropout,
-            )
+            )  # fmt: skip
         self.encoder = Encoder(
             config.slots, dim_scale, config.dim_z_what,
             s_min=config.scale_min, s_max=config.scale_max, refinement=refinement,
@@ -587,10 +588,10 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
                 raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
 
     @classmethod
-    def from_pretrained(cls, source, **options):
+    def from_pretrained(cls, source, strict=True, **options):
         """The model of a folder or hub name; all its weights must be there. Raises OSError."""
         with explained(f"{source} holds no whole model"):
-            return super().from_pretrained(str(source), **{"strict": True, **options})
+            return super().from_pretrained(str(source), strict=strict, **options)
 
 
 # ---- Section 4.2: losses and schedules ----
@@ -645,13 +646,12 @@ def robust_background_loss(images, background, predicted_error, strength=6.0, th
     error = distance(background, images).sum(1)  # (B, H, W)
     error_of_prediction = distance(predicted_error, error.detach() / 3)  # (B, H, W)
     with torch.no_grad():  # pixels around a large error are objects, and should not teach
-        unexplained = (error / threshold).tanh()[:, None]  # (B, 1, H, W)
+        unexplained = (error / threshold).tanh()  # (B, H, W)
         # [38] averages over a window of 2 W / 75 + 1 pixels, W / 75 rounded down.
         radius = images.shape[-1] // 75
-        unexplained = F.avg_pool2d(
-            unexplained, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
-        )  # (B, 1, H, W)
-        weight = (-strength * unexplained).exp().squeeze(1)  # (B, H, W)
+        window = dict(kernel_size=2 * radius + 1, stride=1, padding=radius)
+        average = F.avg_pool2d(unexplained, **window, count_include_pad=False)  # (B, H, W)
+        weight = (-strength * average).exp()  # (B, H, W)
     return ((error + error_of_prediction) * weight).mean()
 
 
@@ -661,8 +661,9 @@ def robust_background_loss(images, background, predicted_error, strength=6.0, th
 def contingency(target, predicted):
     """Pixels that each pair of labels shares: two (B, H, W) -> a list of B tables (n, n), fp64.
 
-    Rows are target labels, columns predicted ones, both all n labels that the image has on either
-    side, the background first. On the CPU. Raises ValueError for what are no two such label maps.
+    Rows are target labels, columns predicted ones. Both are the n labels that occur in the image on
+    either side; 0, the background, comes first, even where it does not occur. On the CPU. Raises
+    ValueError for anything but two batches of label maps of one shape.
     """
     for labels in (target, predicted):
         fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
@@ -734,10 +735,10 @@ def segmentation_covering(target, predicted):
     """MSC-FG, the mean over the objects of their best IoU with any label: two (B, H, W) -> (B,)."""
     scores = []
     for table in contingency(target, predicted):
-        best = iou_matrix(table)[0].amax(1)  # (n,)
-        objects = table.sum(1) > 0  # (n,), those that are there
-        objects[0] = False
-        scores.append(best[objects].mean() if objects.any() else 0.0)
+        iou, _ = iou_matrix(table)
+        is_there = table[1:].sum(1) > 0  # (n - 1,), without the background
+        best = iou[1:].amax(1)[is_there]  # one an object
+        scores.append(best.mean() if len(best) else 0.0)
     return torch.tensor(scores, dtype=torch.float64)
 
 
@@ -796,14 +797,10 @@ class UNetGenerator(nn.Module):
 
 
 # Name of a generator -> what makes it, given its channels (K + D, the K logit maps first) and the
-# Config. A fork's own is a line here.
+# Config c. A fork's own is a line here.
 GENERATORS = {
-    "segformer": lambda channels, config: SegformerGenerator(
-        channels, config.backbone, config.dropout
-    ),
-    "unet": lambda channels, config: UNetGenerator(
-        channels, config.height, config.width, config.unet_width
-    ),
+    "segformer": lambda channels, c: SegformerGenerator(channels, c.backbone, c.dropout),
+    "unet": lambda channels, c: UNetGenerator(channels, c.height, c.width, c.unet_width),
 }
 
 
@@ -815,11 +812,11 @@ import gzip
 import hashlib
 import itertools
 import os
+import re
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -828,7 +825,7 @@ class Images(NamedTuple):
     """Images as bytes, in memory or mapped from a file."""
 
     images: Tensor  # (N, 3, H, W), uint8
-    labels: Tensor  # (N, H, W), uint8, 0 background, 1.. objects; or None
+    labels: Tensor | None  # (N, H, W), uint8, 0 background, 1.. objects
 
 
 # ---- The embedded data set: textured objects before textured walls ----
@@ -970,8 +967,8 @@ def load_tensors(path):
 def open_image(path, mask=False):
     """An image as RGB, or a mask in its own mode, turned as its EXIF tag says."""
     kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
-    opened = explained(f"{path} is no readable {' or '.join(kinds)}")
-    with opened, Image.open(path, formats=kinds) as image:
+    wanted = " or ".join(kinds)
+    with explained(f"{path} is no readable {wanted}"), Image.open(path, formats=kinds) as image:
         deep = ";16" in str(image.tile)  # the mode of RGB does not tell
         image.load()
     with suppress(Exception):  # a malformed EXIF block turns nothing
@@ -985,6 +982,9 @@ def open_image(path, mask=False):
     return image.convert("RGB")
 
 
+MASK_RULE = "a mask is a single-channel PNG whose values are the labels, 0 the background"
+
+
 def read_labels(path, dataset="folder"):
     """A label map (h, w), integers; in a folder, values are renumbered 1, 2, ... in their order."""
     image = open_image(path, mask=True)
@@ -993,9 +993,6 @@ def read_labels(path, dataset="folder"):
     require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {MASK_RULE}")
     labels = np.array(image)
     return np.searchsorted(np.union1d(0, labels), labels) if dataset == "folder" else labels
-
-
-MASK_RULE = "a mask is a single-channel PNG whose values are the labels, 0 the background"
 
 
 # ---- Readers: generators of (image, label map or None, part or "" to cut by index) ----
@@ -1058,21 +1055,20 @@ def read_folder(data, masks, notes):
     notes.append(f"the test part is {test[0]} to {test[-1]}")
     labels = by_stem(masks, list_files(masks), (".png",), notes) if masks else {}
     for stem, path in images.items():
-        missing = masks and stem not in labels
-        require(not missing, f"{path} has no mask {masks}/{stem}.png: {MASK_RULE}")
-    for stem in labels.keys() - images.keys():
-        raise ValueError(f"{labels[stem]} has no image {data}/{stem}")
+        fits = not masks or stem in labels
+        require(fits, f"{path} has no mask {masks}/{stem}.png: {MASK_RULE}")
+    for stem, path in labels.items():
+        require(stem in images, f"{path} has no image {data}/{stem}")
     yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
 
 
 def read_clevrtex(data, masks, notes, variant):
     """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
-    start = f"CLEVRTEX_{variant}_"
     paths = {}
     for path in list_files(data):
-        number = path.name.removeprefix(start).removesuffix(".png")
-        if path.name == f"{start}{number}.png" and number.isdecimal():
-            paths.setdefault(int(number), path)
+        match = re.fullmatch(rf"CLEVRTEX_{variant}_(\d+)\.png", path.name)
+        if match:
+            paths.setdefault(int(match[1]), path)
     if sorted(paths) != [*range(len(paths))]:
         notes.append(f"warning: the numbers of {variant} have gaps, or do not begin with 0")
     # open: outd is one test set; camo too has a test part, its first 10 %
@@ -1117,23 +1113,20 @@ def read_tfrecords(data, masks, notes, name, shape, scenery):
                 require(len(record) == size + 4, "it is cut short, or no record")
                 image = example_bytes(record, b"image", (height, width, 3))
                 mask = example_bytes(record, b"mask", (count, height, width))
-            labels = mask.argmax(0).clip(scenery - 1) - (scenery - 1)
+            labels = (mask.argmax(0) - (scenery - 1)).clip(0)
             yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
 
 
 def example_bytes(example, name, shape):
     """The bytes of a feature of a tf.train.Example, where each is an entry of its own."""
     require(name in example, f"it has no {name.decode()}")
-    at = example.index(name) + len(name)
-    for _ in range(2):  # behind the name: tag and length of the feature, tag and length of its list
-        at += 1
-        while example[at] > 127:  # all bytes of a length but its last
-            at += 1
-        at += 1
-    count = int(np.prod(shape))
-    entries = np.frombuffer(example[at : at + 3 * count], np.uint8)
-    # An entry is the tag 10, the length 1 and the byte. After the last one comes another tag.
-    whole = len(entries) == 3 * count and example[at + 3 * count : at + 3 * count + 2] != b"\n\1"
+    count = math.prod(shape)
+    # An entry is the tag 10, the length 1 and the byte. Between the name and the first entry stand
+    # only the tags and lengths of the feature and of its list, where 10, 1 does not occur.
+    start = example.find(b"\n\1", example.index(name))
+    end = start + 3 * count
+    entries = np.frombuffer(example[start:end], np.uint8)
+    whole = len(entries) == 3 * count and example[end : end + 2] != b"\n\1"  # and no entry more
     whole = whole and (entries.reshape(-1, 3)[:, :2] == (10, 1)).all()
     require(whole, f"{name.decode()} is not {count} entries of one byte")
     return entries[2::3].reshape(shape)
@@ -1280,16 +1273,17 @@ def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
     settings = dataset, data, masks, height, width
     path = Path(cache, f"{dataset}-{height}x{width}-{cache_key(*settings)}.pt")
     if not path.exists():
-        with written_whole(path) as file:
+        with written_whole(path) as file:  # first of all: a full or closed folder is found out here
             torch.save(prepare(*settings), file)
     found = load_tensors(path)
     print(f"{found['taken']}\ncached in {path}")
     if found["most"] > 4 * slots:
         print(f"warning: up to {found['most']} labels per image for {slots} slots: soft edges?")
-    images, labels = found["images"], found["labels"]
-    a, b, _ = itertools.accumulate(found["sizes"])
-    parts = {"test": slice(a), "val": slice(a, b), "train": slice(b, None), "all": slice(None)}
-    return {
-        name: Images(images[part], None if labels is None else labels[part])
-        for name, part in parts.items()
-    }
+    images = found["images"]
+    labels = found["labels"]
+    sizes = found["sizes"]
+    parts = {"all": Images(images, labels)}
+    label_parts = [None] * len(PARTS) if labels is None else labels.split(sizes)
+    for name, *pair in zip(PARTS, images.split(sizes), label_parts):
+        parts[name] = Images(*pair)
+    return parts

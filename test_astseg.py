@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tokenize
 from collections import defaultdict
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ from PIL import Image
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import astseg
 import train
@@ -1286,6 +1289,30 @@ def test_a_parameter_in_no_group_is_refused_by_name():
     train.make_optimizer(model, "background", train.Training())
 
 
+class SeenDevices(TorchDispatchMode):
+    """Collects the kind of device on which each operation puts its results."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.kinds |= {x.device.type for x in tree_leaves(results) if isinstance(x, torch.Tensor)}
+        return results
+
+
+@pytest.mark.parametrize("generator", ["segformer", "unet"])
+def test_the_model_makes_nothing_on_the_cpu_that_a_cuda_graph_could_not_copy(
+    generator, monkeypatch
+):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    model = ASTSeg(Config(**SMALL, generator=generator, unet_width=0.1)).train().to("meta")
+    with SeenDevices() as seen:
+        model(torch.empty(2, 3, 32, 32, device="meta"))
+    assert seen.kinds == {"meta"}
+
+
 def test_a_step_is_one_graph_for_the_compiler():
     training = replace(train.PRESETS["shapes"], **SMALL | dict(transformer_layers=1))
     model = train.build_model(training)
@@ -1641,19 +1668,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_saves(tmp_path):
     assert all(tensor.isfinite().all() for tensor in model.values())
     row = dict(phase="background", step=7, loss=math.nan)
     with pytest.raises(FloatingPointError, match="nan by step 7: .* lower --background_lr$"):
-        train.report(None, None, row, tmp_path, dict(log=[]))
+        train.report(None, None, row, tmp_path, [])
 
 
 def test_dead_runs_are_named(tmp_path, capsys):
     model = ASTSeg(Config(**SMALL, transformer=False))
     validation = astseg.draw_shapes(4, 0, 32)
     row = dict(phase="joint", step=1, loss=0.0, left=61.0)
-    train.report(model, validation, dict(row), tmp_path, dict(log=[]))
+    train.report(model, validation, dict(row), tmp_path, [])
     out = capsys.readouterr().out
     assert "warning: no foreground yet: train longer" in out and "clamped at" not in out
     assert "1:01" in out
     model.encoder.refinement = Spy(shift=5.0)
-    train.report(model, validation, dict(row), tmp_path, dict(log=[]))
+    train.report(model, validation, dict(row), tmp_path, [])
     assert "warning: most positions are clamped" in capsys.readouterr().out
 
 

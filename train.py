@@ -15,7 +15,6 @@ checkpoint.pt as it trains, and at the end metrics.json and pictures.
 """
 
 import json
-import math
 import os
 import sys
 import time
@@ -167,30 +166,23 @@ PRESETS = {  # the last four are the paper's (section 5.1)
 # ---- Data ----
 
 
-def load_data(training, *names):
+def load_data(t: Training, *names):
     """Images of the parts that are named, of "train", "val", "test" and, from files, "all"."""
-    t = training
     if t.dataset == "shapes":
         require(not t.data, f"shapes are drawn, they have no --data {t.data}: use the preset small")
         require(t.height == t.width, "shapes are drawn on squares: width is not height")
         require("all" not in names, "shapes are drawn apart: there is no all part")
-        counts = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
-        return [astseg.draw_shapes(*counts[name], t.height) for name in names]
+        counts_seeds = {"train": (t.train_images, 1), "val": (200, 2), "test": (500, 3)}
+        return [astseg.draw_shapes(*counts_seeds[name], t.height) for name in names]
     require(t.data, f"the data set {t.dataset} is read from files: name them by --data")
-    for rank in range(RANKS):  # one process after the other: the first one decodes
-        if rank == RANK:
-            parts = astseg.load_dataset(
-                t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache
-            )
+    if RANK > 0:
+        wait()  # for the first process, which decodes
+    parts = astseg.load_dataset(t.dataset, t.data, t.masks, t.height, t.width, t.slots, t.cache)
+    if RANK == 0:
         wait()
     for name in names:
         require(len(parts[name].images), f"{t.dataset} {t.data} has no {name} part")
     return [parts[name] for name in names]
-
-
-def to_float(images, device):
-    """Bytes to floats in [0, 1] on a device."""
-    return images.to(device).float() / 255
 
 
 @lru_cache(2)
@@ -208,12 +200,12 @@ def batch_indices(step, batch, count, seed, device="cpu"):
     return order[position * batch + RANK : (position + 1) * batch : RANKS]
 
 
-def load_batch(arrays, step, batch, training, device):
+def load_batch(arrays, step, batch, t: Training, device):
     """The batch of a step from images, or images and backgrounds: (B, 3, H, W) in [0, 1] each."""
     images = arrays[0]
-    index = batch_indices(step, batch, len(images), training.seed, images.device)
-    batches = [to_float(array[index], device) for array in arrays]
-    if training.flip:  # an image and its background alike
+    index = batch_indices(step, batch, len(images), t.seed, images.device)
+    batches = [array[index].to(device) / 255 for array in arrays]
+    if t.flip:  # an image and its background alike
         mirrored = torch.rand(len(index), 1, 1, 1, device=device) < 0.5
         batches = [torch.where(mirrored, x.flip(3), x) for x in batches]
     return batches
@@ -226,7 +218,7 @@ def memorise_backgrounds(model, images):
     model.eval()
     memory = torch.empty_like(images)
     for chunk, target in zip(images.split(100), memory.split(100)):
-        background, _ = model.background(to_float(chunk, device_of(model)))
+        background, _ = model.background(chunk.to(device_of(model)) / 255)
         target.copy_((background * 255).round())
     return memory
 
@@ -234,11 +226,10 @@ def memorise_backgrounds(model, images):
 # ---- The curriculum (section 4.2.2) ----
 
 
-def curriculum(training):
+def curriculum(t: Training):
     """The phases of a scenario: (name, first step, stop, images per step). Phase 2, "foreground",
     has a frozen background; in phase 3, "joint", all learns. "frozen" is of section 5.2.
     """
-    t = training
     if t.scenario == "BT":
         return [("joint", 0, t.steps, t.batch)]
     phase2_steps = t.phase2_steps if t.scenario == "CT" else t.steps
@@ -250,32 +241,29 @@ def curriculum(training):
     return [(name, start, stop, batch) for name, start, stop, batch in phases if start < stop]
 
 
-def make_optimizer(model, phase, training):
+def make_optimizer(model, phase, t: Training):
     """The optimiser of a phase. What it holds is what the phase trains."""
-    t = training
-    foreground = {  # part of the model -> factor on its learning rate
-        model.generator: 1.0,
-        model.encoder: t.refinement_lr_factor,
-        model.renderer.glimpse_generator: t.glimpse_lr_factor,
-    }
-    groups = [dict(params=[*part.parameters()], factor=f) for part, f in foreground.items()]
     alpha_0 = [model.renderer.log_alpha_0, model.renderer.log_alpha_0_map]
-    groups.append(dict(params=alpha_0, factor=t.alpha_0_lr_factor))
-    background_group = dict(params=[*model.background.parameters()], factor=1.0)
-    held = {p for group in [background_group, *groups] for p in group["params"]}
+    glimpses = [*model.renderer.glimpse_generator.parameters()]
+    foreground = [  # each factor is on the learning rate
+        dict(params=[*model.generator.parameters()], factor=1.0),
+        dict(params=[*model.encoder.parameters()], factor=t.refinement_lr_factor),
+        dict(params=glimpses, factor=t.glimpse_lr_factor),
+        dict(params=alpha_0, factor=t.alpha_0_lr_factor),
+    ]
+    background = [dict(params=[*model.background.parameters()], factor=1.0)]
+    held = {p for group in foreground + background for p in group["params"]}
     free = [name for name, p in model.named_parameters() if p.requires_grad and p not in held]
     require(not free, f"no optimiser holds {free}: add them to a group in make_optimizer")
     if phase == "background":  # open: Adam with its default betas
-        return torch.optim.Adam([background_group], fused=True)
+        return torch.optim.Adam(background, fused=True)
     # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
-    if phase == "joint":
-        groups.append(background_group)
+    groups = foreground + background if phase == "joint" else foreground
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
-def set_learning_rate(optimizer, phase, step, training):
+def set_learning_rate(optimizer, phase, step, t: Training):
     """Set and return the rate of the update after `step` others."""
-    t = training
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
         lr = astseg.learning_rate(
             step, t.background_lr, t.background_steps, t.background_warmup, decay_at=0.8
@@ -305,9 +293,8 @@ def device_of(model):
     return model.renderer.log_alpha_0.device
 
 
-def build_model(training):
+def build_model(t: Training):
     """A model of random, or partly pretrained, weights, in training mode on its device."""
-    t = training
     torch.manual_seed(t.seed)
     model = ASTSeg(Config(**{f.name: getattr(t, f.name) for f in fields(Config)}))
     if t.transformer and t.refinement_start == "identity":
@@ -330,71 +317,71 @@ def build_model(training):
     return model.train().to(device)
 
 
-def autocast(device, training):
-    enabled = device.type == "cuda" and training.bf16  # open: the paper does not say in what type
+def autocast(device, t: Training):
+    enabled = device.type == "cuda" and t.bf16  # open: the paper does not say in what type
     return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def accelerate(network, batch, training):
+def accelerate(network, example, t: Training):
     """Share the work among processes, or spare a GPU its wait for Python between short kernels."""
     if RANKS > 1:
         # Given its background, the model leaves the autoencoder out.
-        unused = len(batch) > 1
+        unused = len(example) > 1
         return torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
-    if not (batch[0].is_cuda and training.cuda_graphs):
+    if not (example[0].is_cuda and t.cuda_graphs):
         return network
     # The recording makes gradients on a stream of its own, which is meant so.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    with autocast(batch[0].device, training):
+    with autocast(example[0].device, t):
         # A copy shares the weights; only its forward is replaced by the recorded one.
         network = copy(network)
-        return torch.cuda.make_graphed_callables(network, tuple(batch), allow_unused_input=True)
+        return torch.cuda.make_graphed_callables(network, tuple(example), allow_unused_input=True)
 
 
 # ---- The loop ----
 
 
-def train(training, folder, model, data, val, test):
+def train(t: Training, folder, model, data, val, test):
     """The whole curriculum, from the start or from the folder's checkpoint, and its results."""
-    t = training
     device = device_of(model)
     images = data.images
     if device.type == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(device)  # their backgrounds, and the model, want room too
+    state = dict(phase=0, seconds=0.0, log=[])
     resumed = (folder / "checkpoint.pt").exists()
     if resumed:
         state = astseg.load_tensors(folder / "checkpoint.pt")
         model.load_state_dict(state["model"])
-    else:
-        state = dict(phase=0, seconds=0.0, log=[])
-    run_began = time.time() - state["seconds"]
+    log = state["log"]
+    run_began = time.time() - state["seconds"]  # as if it had never stopped
 
     phases = curriculum(t)
-    for number, (phase, start, stop, batch) in enumerate(phases):
+    for number, (phase, first, stop, batch) in enumerate(phases):
         if number < state["phase"]:  # done before the checkpoint
             continue
         optimizer = make_optimizer(model, phase, t)
         if resumed:
             optimizer.load_state_dict(state["optimizer"])
-            start = state["step"]
+            first = state["step"]
         arrays = [images]
         if phase == "foreground":  # its background is frozen
             memory = memorise_backgrounds(model, images)
             arrays.append(memory)
             if RANK == 0:
-                rows = {"input": images[:10], "background": memory[:10]}
-                rows = {name: to_float(row, "cpu") for name, row in rows.items()}
+                rows = {"input": images[:10] / 255, "background": memory[:10] / 255}
                 picture_grid(rows, folder / "backgrounds.png")
         network = model.background if phase == "background" else model
         model.train()
-        network = accelerate(network, load_batch(arrays, start, batch, t, device), t)
-        if resumed and RANK == 0:  # the other processes draw their own dropout
+        network = accelerate(network, load_batch(arrays, first, batch, t, device), t)
+        # Only now, since load_batch draws too. The other processes have a dropout of their own.
+        if resumed and RANK == 0:
             torch.set_rng_state(state["random"])
         resumed = False  # the next phase starts afresh
-        print(f"\nphase {number + 1} of {len(phases)}, {phase}: steps {start} to {stop}\n{HEAD}")
+        print(f"\nphase {number + 1} of {len(phases)}, {phase}: steps {first} to {stop}\n{HEAD}")
         losses = []
-        row_began = phase_began = time.time()
-        for step in range(start, stop):
+        phase_began = time.time()
+        row_began = phase_began
+        for step in range(first, stop):
             lr = set_learning_rate(optimizer, phase, step, t)
             x, *frozen_background = load_batch(arrays, step, batch, t, device)
             with autocast(device, t):
@@ -420,27 +407,28 @@ def train(training, folder, model, data, val, test):
             row = dict(phase=phase, step=done, lr=lr)
             row.update(zip([*terms, "loss"], means))
             row["images/s"] = len(losses) * batch / (time.time() - row_began)
-            row["left"] = (stop - done) * (time.time() - phase_began) / (done - start)  # of a phase
+            # Seconds to the end of this phase, by its pace so far.
+            row["left"] = (stop - done) * (time.time() - phase_began) / (done - first)
             if RANK == 0:
                 validation = val if evaluate_now and phase != "background" else None
-                report(model, validation, row, folder, state)
+                report(model, validation, row, folder, log)
                 if save_now:
-                    state |= dict(phase=number, step=done, seconds=time.time() - run_began)
-                    save_checkpoint(model, optimizer, state, folder)
+                    place = dict(phase=number, step=done, seconds=time.time() - run_began, log=log)
+                    save_checkpoint(model, optimizer, place, folder)
             losses = []
             row_began = time.time()
             model.train()
     if RANK == 0:
-        write_results(model, test, state["log"], folder, t.seed, time.time() - run_began)
+        write_results(model, test, log, folder, t.seed, time.time() - run_began)
     wait()
 
 
-def save_checkpoint(model, optimizer, state, folder):
+def save_checkpoint(model, optimizer, place, folder):
     """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
-    now = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    now["random"] = torch.get_rng_state()
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    state["random"] = torch.get_rng_state()
     with written_whole(folder / "checkpoint.pt") as file:
-        torch.save(state | now, file)
+        torch.save(place | state, file)
     with explained(f"{folder}/model could not be written, is the disk full?"):
         model.save_pretrained(folder / "unfinished")
     (folder / "model").mkdir(exist_ok=True)
@@ -452,9 +440,9 @@ COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left
 HEAD = "".join(f"{name:>11}" for name in COLUMNS)
 
 
-def report(model, validation, row, folder, state):
+def report(model, validation, row, folder, log):
     """Complete a row of the log, print and write it; stop or warn where nothing learns."""
-    if not math.isfinite(row["loss"]):
+    if not np.isfinite(row["loss"]):
         flag = "--background_lr" if row["phase"] == "background" else "--lr"
         seen = f"the loss of phase {row['phase']} is {row['loss']} by step {row['step']}"
         raise FloatingPointError(f"{seen}: start again with a lower {flag}")
@@ -465,8 +453,8 @@ def report(model, validation, row, folder, state):
         captioned = {f"step {row['step']}": rows.pop("input")}
         (folder / "training").mkdir(exist_ok=True)
         picture_grid(captioned | rows, folder / "training" / f"{row['step']:06d}.png")
-    state["log"].append(row)
-    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in state["log"]))
+    log.append(row)
+    (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
     minutes, seconds = divmod(round(row["left"]), 60)
     cells = {name: f"{row[name]:.4g}" for name in COLUMNS if name in row}
     cells |= dict(left=f"{minutes}:{seconds:02d}", step=str(row["step"]))
@@ -479,7 +467,8 @@ def report(model, validation, row, folder, state):
 
 # ---- Evaluation (section 5.1) ----
 
-METRICS = ("mIoU", "mIoU-FG", "ARI-FG", "MSC-FG", "MSE")
+# Name of a metric -> its factor in the table.
+METRICS = {"mIoU": 100, "mIoU-FG": 100, "ARI-FG": 100, "MSC-FG": 100, "MSE": 1}
 
 
 @torch.no_grad()
@@ -487,12 +476,9 @@ def evaluate(model, data, count=None):
     """Signs of health and metrics, of which MSE alone wants no labels: means over the images."""
     model.eval()
     slots = model.config.slots
-    device = device_of(model)
     rows = []
-    total = len(data.images[:count])
-    for start in range(0, total, 50):
-        part = slice(start, min(start + 50, total))
-        images = to_float(data.images[part], device)
+    for part in torch.arange(len(data.images))[:count].split(50):
+        images = data.images[part].to(device_of(model)) / 255
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         row = {
@@ -514,9 +500,8 @@ def evaluate(model, data, count=None):
 def print_table(rows):
     """Rows (name, metrics) as in Table 1, in per cent but for the MSE."""
     print(f"\n{'':20}" + "".join(f"{name:>10}" for name in METRICS))
-    factors = dict.fromkeys(METRICS, 100) | {"MSE": 1}
     for name, row in rows:
-        cells = (row.get(m, math.nan) * factors[m] for m in METRICS)
+        cells = (factor * row.get(metric, np.nan) for metric, factor in METRICS.items())
         print(f"{name:20}" + "".join(f"{cell:10.2f}" for cell in cells))
 
 
@@ -548,7 +533,7 @@ PALETTE = torch.tensor([(0, 0, 0), *(color_sequences["tab10"] * 26)[:255]])  # 0
 def picture_rows(model, data, count):
     """Rows of pictures of the first images: as in Figure 2, and of the slots of the first three."""
     device = device_of(model)
-    images = to_float(data.images[:count], device)
+    images = data.images[:count].to(device) / 255
     size = images.shape[2:]
     out = model.eval()(images)
     rows, slots = {"input": images}, {}
@@ -639,7 +624,7 @@ def start(training, folder, resume=False):
     try:
         with FileLock(folder / ".lock", timeout=0):  # a killed process lets go of it
             if not resume:
-                refuse_taken(folder)
+                refuse_taken(folder)  # another run may have begun and ended meanwhile
                 (folder / "settings.json").write_text(json.dumps(asdict(training), indent=1))
             train(training, folder, model, *parts)
     except Timeout:
@@ -695,21 +680,16 @@ def evaluate_runs(
     They are those of the run's own data, unless dataset, data and masks name others.
     """
     require(runs, "evaluate takes at least one run folder")
-    given = {}
-    if dataset:
-        given["dataset"] = dataset
-    if data:
-        given["data"] = data
-    if given or masks:  # the run's own masks belong to its own data
-        given["masks"] = masks
     rows = []
     for folder in runs:
-        training = replace(read_settings(folder), **given)
-        (images,) = load_data(training, part)
+        t = read_settings(folder)
+        if dataset or data or masks:  # the run's own masks belong to its own data
+            t = replace(t, dataset=dataset or t.dataset, data=data or t.data, masks=masks)
+        (images,) = load_data(t, part)
         labelled = images.labels is not None
-        require(labelled, f"{training.data} has no label maps: name them by --masks")
+        require(labelled, f"{t.data} has no label maps: name them by --masks")
         metrics = evaluate(load_model(folder, device), images)
-        (folder / f"evaluation-{training.dataset}-{part}.json").write_text(json.dumps(metrics))
+        (folder / f"evaluation-{t.dataset}-{part}.json").write_text(json.dumps(metrics))
         rows.append((folder.name, metrics))
     if len(rows) > 1:
         table = {m: [row[m] for _, row in rows] for m in METRICS}
@@ -743,7 +723,7 @@ def segment_files(
             continue
         box = astseg.centre_crop(image.size, model.config.height, model.config.width)
         pixels, _ = astseg.crop_and_resize(image, None, model.config.height, model.config.width)
-        pixels = to_float(torch.tensor(pixels)[None], device_of(model))
+        pixels = torch.tensor(pixels)[None].to(device_of(model)) / 255
         labels = model.segment(pixels)[0].byte().cpu().numpy()
         picture = Image.new("P", image.size)  # 0, the background, around the crop
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
@@ -759,10 +739,9 @@ def segment_files(
     require(not bad, f"{bad} of {len(images)} images could not be read")
 
 
-def main(arguments=None):
-    arguments = sys.argv[1:] if arguments is None else [str(a) for a in arguments]
-    unnamed = not arguments or arguments[0].startswith("-")
-    if unnamed and arguments[:1] not in (["-h"], ["--help"]):
+def main(arguments):
+    first = arguments[0] if arguments else "--setting"
+    if first.startswith("-") and first not in ("-h", "--help"):
         arguments = ["shapes", *arguments]
     commands = {name: training_command(name) for name in PRESETS}
     commands |= dict(resume=resume, evaluate=evaluate_runs, segment=segment_files)
@@ -782,7 +761,7 @@ if __name__ == "__main__":
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
     try:
-        main()
+        main(sys.argv[1:])
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
