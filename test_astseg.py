@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import tokenize
+import weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from copy import deepcopy
@@ -1280,6 +1281,26 @@ def test_an_optimiser_holds_what_its_phase_trains_and_nothing_twice(phase, parts
     assert {*map(id, held)} == {*map(id, expected)} and len(held) == len(expected)
 
 
+def test_no_graph_of_a_step_outlives_its_phase(tmp_path, monkeypatch):
+    """CUDA graphs cannot record a phase while some of the phase before is left."""
+    terms = []
+    paper_loss, accelerate = astseg.full_loss, train.accelerate
+
+    def kept(*arguments):
+        loss = paper_loss(*arguments)
+        terms.extend(weakref.ref(term) for term in loss.values())
+        return loss
+
+    def recorded(*arguments):
+        assert all(term() is None for term in terms)
+        return accelerate(*arguments)
+
+    monkeypatch.setattr(astseg, "full_loss", kept)
+    monkeypatch.setattr(train, "accelerate", recorded)
+    Loop(LOOP, tmp_path, monkeypatch)
+    assert len(terms) == 14
+
+
 def test_a_parameter_in_no_group_is_refused_by_name():
     model = ASTSeg(Config(**SMALL))
     model.extra = torch.nn.Linear(2, 2, bias=False)
@@ -1308,8 +1329,10 @@ def test_the_model_makes_nothing_on_the_cpu_that_a_cuda_graph_could_not_copy(
 ):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
     model = ASTSeg(Config(**SMALL, generator=generator, unet_width=0.1)).train().to("meta")
+    images = torch.empty(2, 3, 32, 32, device="meta")
     with SeenDevices() as seen:
-        model(torch.empty(2, 3, 32, 32, device="meta"))
+        sum(astseg.full_loss(images, model(images), 1).values()).backward()
+        astseg.robust_background_loss(images, *model.background(images)).backward()
     assert seen.kinds == {"meta"}
 
 

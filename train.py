@@ -14,6 +14,7 @@ Each command has its own --help. A run folder holds settings.json, log.jsonl, mo
 checkpoint.pt as it trains, and at the end metrics.json and pictures.
 """
 
+import gc
 import json
 import os
 import sys
@@ -322,23 +323,44 @@ def autocast(device, t: Training):
     return torch.autocast(device.type, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def accelerate(network, example, t: Training):
+def accelerate(network, inputs, t: Training):
     """Share the work among processes, or spare a GPU its wait for Python between short kernels."""
     if RANKS > 1:
         # Given its background, the model leaves the autoencoder out.
-        unused = len(example) > 1
+        unused = len(inputs) > 1
         return torch.nn.parallel.DistributedDataParallel(network, find_unused_parameters=unused)
-    if not (example[0].is_cuda and t.cuda_graphs):
+    if not (inputs[0].is_cuda and t.cuda_graphs):
         return network
     # The recording makes gradients on a stream of its own, which is meant so.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    with autocast(example[0].device, t):
+    gc.collect()  # the recorded network of the phase before, which refers to itself
+    with autocast(inputs[0].device, t):
         # A copy shares the weights; only its forward is replaced by the recorded one.
         network = copy(network)
-        return torch.cuda.make_graphed_callables(network, tuple(example), allow_unused_input=True)
+        return torch.cuda.make_graphed_callables(network, tuple(inputs), allow_unused_input=True)
 
 
 # ---- The loop ----
+
+
+def training_step(network, optimizer, phase, step, inputs, t: Training):
+    """One update -> the terms of the loss and their sum, by name.
+
+    inputs are images (B, 3, H, W) and, in phase 2, their backgrounds. Nothing of the step's graph
+    outlives it, or a CUDA graph could not record the next phase.
+    """
+    images, *frozen_background = inputs
+    with autocast(images.device, t):
+        if phase == "background":
+            terms = {"background": astseg.robust_background_loss(images, *network(images))}
+        else:
+            output = network(images, *frozen_background)
+            terms = astseg.full_loss(images, output, step, t.entropy_weight, t.entropy_warmup)
+        loss = sum(terms.values())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return {name: term.detach() for name, term in (terms | dict(loss=loss)).items()}
 
 
 def train(t: Training, folder, model, data, val, test):
@@ -365,10 +387,9 @@ def train(t: Training, folder, model, data, val, test):
             first = state["step"]
         arrays = [images]
         if phase == "foreground":  # its background is frozen
-            memory = memorise_backgrounds(model, images)
-            arrays.append(memory)
+            arrays.append(memorise_backgrounds(model, images))
             if RANK == 0:
-                rows = {"input": images[:10] / 255, "background": memory[:10] / 255}
+                rows = {"input": arrays[0][:10] / 255, "background": arrays[1][:10] / 255}
                 picture_grid(rows, folder / "backgrounds.png")
         network = model.background if phase == "background" else model
         model.train()
@@ -383,29 +404,19 @@ def train(t: Training, folder, model, data, val, test):
         row_began = phase_began
         for step in range(first, stop):
             lr = set_learning_rate(optimizer, phase, step, t)
-            x, *frozen_background = load_batch(arrays, step, batch, t, device)
-            with autocast(device, t):
-                if phase == "background":
-                    terms = {"background": astseg.robust_background_loss(x, *network(x))}
-                else:
-                    output = network(x, *frozen_background)
-                    terms = astseg.full_loss(x, output, step, t.entropy_weight, t.entropy_warmup)
-                loss = sum(terms.values())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            inputs = load_batch(arrays, step, batch, t, device)
+            losses.append(training_step(network, optimizer, phase, step, inputs, t))
 
             # Plumbing from here on: log, evaluate, save.
-            losses.append(torch.stack([*terms.values(), loss]).detach())
             done = step + 1
             log_now = done == stop or done % t.log_every == 0
             evaluate_now = done == stop or done % t.evaluate_every == 0
             save_now = done == stop or done % t.checkpoint_every == 0
             if not (log_now or evaluate_now or save_now):
                 continue
-            means = torch.stack(losses).mean(0).tolist()
             row = dict(phase=phase, step=done, lr=lr)
-            row.update(zip([*terms, "loss"], means))
+            for name in losses[-1]:
+                row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
             row["images/s"] = len(losses) * batch / (time.time() - row_began)
             # Seconds to the end of this phase, by its pace so far.
             row["left"] = (stop - done) * (time.time() - phase_began) / (done - first)
@@ -603,7 +614,7 @@ def load_model(folder, device):
 
 
 def refuse_taken(folder):
-    taken = (folder / "settings.json").exists()
+    taken = any((folder / name).exists() for name in ("settings.json", "checkpoint.pt"))
     way = f"go on by `train.py resume {folder}`, or name another --output"
     require(not taken, f"{folder} holds a run: {way}")
 
