@@ -1983,6 +1983,14 @@ def test_a_damaged_run_is_named(name, content, message, tmp_path, whole_run):
     assert "delete" not in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("left", ["settings.json", "checkpoint.pt"])
+def test_what_is_left_of_a_run_is_neither_overwritten_nor_continued(left, tmp_path, whole_run):
+    shutil.copy(whole_run[0] / left, tmp_path)
+    with pytest.raises(ValueError, match="holds a run: go on by `train.py resume"):
+        train.main(["shapes", "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == [left]
+
+
 def test_a_refusal_of_the_program_is_one_line_and_a_run_is_not_overwritten(whole_run):
     line = [sys.executable, str(HERE / "train.py"), "--output", str(whole_run[0])]
     done = subprocess.run(line, capture_output=True, text=True)
