@@ -333,7 +333,7 @@ def accelerate(network, inputs, t: Training):
         return network
     # The recording makes gradients on a stream of its own, which is meant so.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    gc.collect()  # the recorded network of the phase before, which refers to itself
+    gc.collect()  # frees the network recorded for the phase before, which refers to itself
     with autocast(inputs[0].device, t):
         # A copy shares the weights; only its forward is replaced by the recorded one.
         network = copy(network)
