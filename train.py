@@ -445,6 +445,7 @@ def save_checkpoint(model, optimizer, place, folder):
     (folder / "model").mkdir(exist_ok=True)
     for path in (folder / "unfinished").iterdir():
         os.replace(path, folder / "model" / path.name)
+    (folder / "unfinished").rmdir()
 
 
 COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left".split()
