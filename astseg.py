@@ -629,10 +629,19 @@ def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
     }
 
 
-def learning_rate(step, peak, total, warmup=0, decay_at=0.9):
-    """Rate of a step: quadratic warm-up to peak, and a tenth of it from decay_at * total on."""
-    decay = 0.1 if step >= decay_at * total else 1.0
-    return peak * quadratic_warmup(step, warmup) * decay
+def learning_rate(step, peak, total, warmup=0, decay_at=0.9, decay="step"):
+    """Rate of a step: quadratic warm-up to peak, then a fall from decay_at * total on.
+
+    It falls to a tenth ("step", as in the paper) or along a line to zero at total ("linear").
+    """
+    start = decay_at * total
+    if step < start:
+        fall = 1.0
+    elif decay == "step":
+        fall = 0.1
+    else:
+        fall = (total - step) / max(1.0, total - start)
+    return peak * quadratic_warmup(step, warmup) * fall
 
 
 def robust_background_loss(images, background, predicted_error, strength=6.0, threshold=0.25):

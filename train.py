@@ -72,7 +72,8 @@ class Training(Config):
     batch: int = 64  # images per step of phases 2 and 3
     lr: float = 4e-5  # learning rate of phases 2 and 3
     warmup: IntOrZero = 5_000  # steps over which lr grows from 0
-    decay_at: float = 0.9  # share of the steps after which lr falls to a tenth
+    decay_at: float = 0.9  # share of the steps after which lr falls
+    decay: Literal["step", "linear"] = "step"  # at once to a tenth, or along a line to zero
     entropy_weight: FloatOrZero = 1e-2  # weight of the entropy loss, lambda_pixel
     entropy_warmup: IntOrZero = 10_000  # steps over which entropy_weight grows from 0, N_pixel
     refinement_start: Literal["stock", "identity"] = "stock"  # identity is for short runs
@@ -141,10 +142,10 @@ SHAPES = SMALL | dict(
     background_lr=2e-3,  # the paper's; a low rate does not tell the walls apart in time
     background_warmup=500,  # without it, that rate never tells them apart
     steps=10_000,
-    phase2_steps=8500,
+    phase2_steps=9500,
     batch=16,
     warmup=200,
-    decay_at=0.88,  # in as many steps, the full rate learns more
+    decay="linear",  # it still learns while it sharpens
     entropy_weight=0.08,  # or two slots share an object
     entropy_warmup=6000,  # late, or slots stay asleep
     glimpse_lr_factor=6.0,
@@ -270,7 +271,7 @@ def set_learning_rate(optimizer, phase, step, t: Training):
             step, t.background_lr, t.background_steps, t.background_warmup, decay_at=0.8
         )
     else:  # open: update n uses the rate of step n + 1, the entropy weight of step n
-        lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at)
+        lr = astseg.learning_rate(step + 1, t.lr, t.steps, t.warmup, t.decay_at, t.decay)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["factor"]
     return lr
