@@ -108,7 +108,7 @@ SMALL = dict(
     dim_transformer=128,  # the next three: enough for a handful of slots
     dim_feedforward=256,
     transformer_layers=2,
-    scale_max=10.0,  # no object is smaller than a tenth of such an image
+    scale_max=10.0,  # no glimpse is smaller than a tenth of such an image
     log_alpha_0=4.0,  # objects must show within hundreds of steps, not thousands
     background_kind="simple",  # learns textured walls too, at this size
     background_width=0.25,
@@ -120,7 +120,7 @@ SMALL = dict(
     batch=32,
     lr=1e-3,  # small models bear more, and short runs need it
     warmup=500,
-    decay_at=0.6,  # the low rate sharpens masks: a third of the run is worth it
+    decay_at=0.6,  # a low rate sharpens masks: it is worth two fifths of the run
     entropy_weight=0.015,
     entropy_warmup=3000,
     refinement_start="identity",  # PyTorch's start idles for thousands of steps
@@ -259,7 +259,7 @@ def make_optimizer(model, phase, t: Training):
     require(not free, f"no optimiser holds {free}: add them to a group in make_optimizer")
     if phase == "background":  # open: Adam with its default betas
         return torch.optim.Adam(background, fused=True)
-    # open: phase 3 starts a fresh Adam, at full rate, and (22) alone teaches the background
+    # open: phase 3 starts a fresh Adam, without a warm-up; (22) alone teaches the background
     groups = foreground + background if phase == "joint" else foreground
     return torch.optim.Adam(groups, betas=(0.9, 0.98), eps=1e-9, fused=True)
 
