@@ -1377,6 +1377,7 @@ def command(monkeypatch, *arguments):
     """What a command line asks for: the training that would start, and its output."""
     asked = []
     monkeypatch.setattr(train, "start", lambda *given, **_: asked.append(given))
+    monkeypatch.setattr(train, "refuse_taken", lambda folder: None)  # runs/shapes may be there
     train.main(arguments)
     return asked[0]
 
