@@ -1133,7 +1133,7 @@ LOOP = replace(
     train.PRESETS["shapes"], height=32, width=32, slots=3, dim_transformer=64, dim_feedforward=32,
     transformer_layers=1, background_width=0.1, log_alpha_0=0.5, dropout=0.0, device="cpu",
     background_steps=5, background_batch=4, background_lr=3e-3, background_warmup=2,
-    steps=7, phase2_steps=4, batch=3, lr=4e-3, warmup=3, decay_at=0.5, decay="linear",
+    steps=7, phase2_steps=4, batch=3, lr=4e-3, warmup=3, decay_at=0.8, decay="step",
     entropy_weight=2.0, entropy_warmup=5,
     refinement_lr_factor=0.5, alpha_0_lr_factor=0.25, glimpse_lr_factor=2.0,
     log_every=2, evaluate_every=3, checkpoint_every=4,
@@ -1194,7 +1194,11 @@ class Loop:
                         "reconstruction": astseg.reconstruction_loss(x, output.reconstruction),
                         "entropy": weight * astseg.pixel_entropy_loss(output.weights),
                     }
-                    rate = 4e-3 * min(1, (step + 1) / 3) ** 2 * min(1, (7 - (step + 1)) / 3.5)
+                    rate = 4e-3 * min(1, (step + 1) / 3) ** 2
+                    if t.decay == "step":
+                        rate *= 1 if step + 1 < 0.8 * 7 else 0.1
+                    else:  # from 80 % of 7, at 5.6, to 0 at 7
+                        rate *= min(1, (7 - (step + 1)) / 1.4)
                     (beta1, beta2), eps = (0.9, 0.98), 1e-9
                 tensors = [model.get_parameter(name) for name in names]
                 gradients = torch.autograd.grad(sum(terms.values()), tensors, allow_unused=True)
@@ -1222,8 +1226,9 @@ class Loop:
         (dict(scenario="frozen", dropout=0.2), (), [("background", 0, 5), ("foreground", 0, 7)]),
         (dict(entropy_weight=0.0), ["generator"],
          [("background", 0, 5), ("foreground", 0, 4), ("joint", 4, 7)]),
+        (dict(decay="linear"), (), [("background", 0, 5), ("foreground", 0, 4), ("joint", 4, 7)]),
     ],
-    ids=["CT", "BT", "frozen background", "frozen generator, no entropy"],
+    ids=["CT", "BT", "frozen background", "frozen generator, no entropy", "linear decay"],
 )  # fmt: skip
 def test_each_step_of_the_loop_is_the_one_computed_by_hand(
     change, frozen, phases, tmp_path, monkeypatch
@@ -1242,8 +1247,8 @@ def test_each_step_of_the_loop_is_the_one_computed_by_hand(
         if phase == "joint":  # (22) teaches the background, but not its prediction of the error
             name = "background.decoder.4.convolution.weight"
             assert torch.equal(found[name][:, 3], before[name][:, 3])
-            learns = rate > 0  # all but the last update of a linear fall
-            assert differ(found[name][:, :3], before[name][:, :3], 1e-4) == learns
+            still = rate == 0  # the last update of a linear fall
+            assert still or differ(found[name][:, :3], before[name][:, :3], 1e-4)
         losses.append(terms | {"loss": sum(terms.values())})
         stop = {p: last for p, _, last in phases}[phase]
         judge = (step + 1) % 3 == 0 or step + 1 == stop
