@@ -1998,7 +1998,13 @@ def test_a_damaged_run_is_named(name, content, message, tmp_path, whole_run):
 
 
 @pytest.mark.parametrize("left", ["settings.json", "checkpoint.pt"])
-def test_what_is_left_of_a_run_is_neither_overwritten_nor_continued(left, tmp_path, whole_run):
+def test_what_is_left_of_a_run_is_neither_overwritten_nor_continued(
+    left, tmp_path, whole_run, monkeypatch
+):
+    def draw_too_early(*arguments):
+        raise AssertionError("data were drawn before the folder was refused")
+
+    monkeypatch.setattr(astseg, "draw_shapes", draw_too_early)
     shutil.copy(whole_run[0] / left, tmp_path)
     with pytest.raises(ValueError, match="holds a run: go on by `train.py resume"):
         train.main(["shapes", "--output", str(tmp_path)])
