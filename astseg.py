@@ -4,16 +4,17 @@ Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271. [38] is their earlie
 backgrounds, arXiv 2112.08001. From unlabelled images alone the model finds each object, says
 where it is, what it looks like and which pixels are its own.
 
-Letters: B batch, K slots (the paper's object queries), H W image (its h, w), h w feature map (its
-h*, w*), C channels, D width of a slot's features (its d_Phi), Z width of z_what, G side of a
-glimpse (the small picture of an object), N any number. One batch, from images to loss:
+Letters: B batch, K slots (the paper's object queries), H W image, h w feature map, C channels,
+D width of a slot's features (the paper's d_Phi), Z width of z_what, G side of a glimpse (the small
+picture of an object), N any number. Beware: the paper writes h w for the image and h* w* for the
+feature map. One batch, from images to loss:
 
     images (B, 3, H, W)
      |-- generator ------------------> K logit maps (B, K, h, w), features Phi (B, D, h, w)
      |     softmax over pixels (11) -> attention maps A (B, K, h, w)
-     |     soft-argmax (12)-(15) ----> first position (B, K, 2)
+     |     soft-argmax (12)-(15) ----> attention position (B, K, 2)
      |     A times Phi (16) ---------> pooled features (B, K, D)
-     |     refinement of all slots --> position, scale, activation alpha, z_what
+     |     refinement of all slots --> Latents: position, scale, activation alpha, z_what
      |     glimpses of z_what -------> colours and mask (B, K, 4, G, G)
      |     moved and shrunk ---------> layers L (B, K, 3, H, W), masks M (B, K, H, W)
      |     alpha M, normalised (17) -> weights w (B, K + 1, H, W); their argmax is the segmentation
@@ -25,32 +26,25 @@ glimpse (the small picture of an object), N any number. One batch, from images t
     >>> output = model(torch.rand(2, 3, 64, 64))           # RGB in [0, 1] -> Output
     >>> labels = model.segment(torch.rand(2, 3, 64, 64))   # (2, 64, 64), 0 is the background
 
-    section 2, (1) (4) (10)   translate, center_of_mass, spatial_softmax, soft_argmax
-    section 4.1               SegformerGenerator
-    Algorithm 1, (11)-(16)    normalized_coordinates, Refinement, Encoder
-    Algorithm 2, Table 7      GlimpseGenerator, spatial_transformer
-    Algorithm 2, (17)-(18)    occlusion_weights, compose, Renderer
-    section 4.1, [38]         BackgroundAutoencoder
-    Table 6, Figure 1         Config, ASTSeg
-    section 4.2, (19)-(21)    reconstruction_loss, pixel_entropy_loss
-    section 4.2, (22)         quadratic_warmup, full_loss
-    section 5.1, Table 6      learning_rate
-    section 4.2.2, [38]       robust_background_loss
-    section 5.1               mean_iou, adjusted_rand_index, segmentation_covering
-    Table 8                   UNetGenerator
+    section 2, (1) (4) (10)    translate, center_of_mass, spatial_softmax, soft_argmax
+    section 4.1                SegformerGenerator
+    Algorithm 1, (11)-(16)     normalized_coordinates, Latents, Refinement, Encoder
+    Algorithm 2, Table 7       GlimpseGenerator, spatial_transformer
+    Algorithm 2, (17) (18)     occlusion_weights, compose, Renderer
+    section 4.2.1, (19)-(22)   reconstruction_loss, pixel_entropy_loss, quadratic_warmup, full_loss
+    Table 6, Figure 1          Config, Output, ASTSeg
+    sections 4.1, 4.2.2, [38]  BackgroundAutoencoder, robust_background_loss
+    section 5.1                mean_iou, adjusted_rand_index, segmentation_covering
+    Table 8                    UNetGenerator, GENERATORS
 
-Conventions: colours, masks and attention lie in [0, 1]. Positions are (x, y), tensors are indexed
-[row, column], so that the paper's (i, j) is [j, i]. Label 0 is the background, label k is slot k.
-"# open:" marks a choice that the paper leaves open, "# differs:" what we do otherwise than it does;
-the reason stands at the line. A fork adds a generator to GENERATORS, a term to full_loss, a data
-set to DATASETS.
+Equations (2), (3) and (5)-(9) are the theory of section 2: the notebook checks them. Colours, masks
+and attention lie in [0, 1]. Positions are (x, y); tensors are indexed [row, column], so that the
+paper's (i, j) is [j, i]. Label 0 is the background, label k is slot k. "# open:" marks a choice
+that the paper leaves open, "# differs:" what we do otherwise; the reason stands at the line.
 """
 
-import math
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Annotated, Callable, Literal, NamedTuple, get_args, get_origin
+from dataclasses import dataclass
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -60,39 +54,22 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerModel
 
-
-def require(holds, sentence):
-    """Raise ValueError with the sentence unless the condition holds."""
-    if not holds:
-        raise ValueError(sentence)
-
-
-@contextmanager
-def explained(sentence, kind=Exception):
-    """Raise OSError in place of another library's error: the sentence, then its words in a line."""
-    try:
-        yield
-    except kind as error:
-        words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise OSError(f"{sentence} ({words[:300]})") from error
-
-
 # ---- Section 2: attention maps and soft-argmax for localisation ----
 
 
 def translate(phi, u, v):
     """Shift maps (..., H, W) by u columns and v rows; what leaves the window is lost."""
     height, width = phi.shape[-2:]
-    u = max(-width, min(u, width))
+    u = max(-width, min(u, width))  # further than the window there is nothing to shift in
     v = max(-height, min(v, height))
     return F.pad(phi, (u, -u, v, -v))  # eq. (1); a negative padding crops
 
 
 def center_of_mass(attention, x=None, y=None):
-    """Sum of phi(p) p over the pixels p, the operator of Proposition 2.1 with C = 0.
+    """Sum of phi(p) p over the pixels p: Proposition 2.1 with C = 0.
 
-    attention (..., h, w), sum 1 each, at columns x (w,) and rows y (h,), by default pixels from 0
-    -> (..., 2), the pair (x, y) in the same units.
+    Maps (..., h, w) that sum to 1 -> (..., 2), the pair (x, y). x (w,) are the positions of the
+    columns and y (h,) of the rows, by default 0, 1, 2, ...; the result is in their units.
     """
     if x is None:
         x = torch.arange(attention.shape[-1], device=attention.device)
@@ -103,9 +80,8 @@ def center_of_mass(attention, x=None, y=None):
 
 
 def spatial_softmax(logits):
-    """Softmax over all pixels of each map (..., h, w), at least in fp32."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    return logits.flatten(-2).softmax(-1, dtype).unflatten(-1, logits.shape[-2:])
+    """Softmax over all pixels of each map: (..., h, w) -> (..., h, w), sums to 1."""
+    return logits.flatten(-2).softmax(-1).unflatten(-1, logits.shape[-2:])  # eq. (11)
 
 
 def soft_argmax(logits, x=None, y=None):
@@ -115,12 +91,20 @@ def soft_argmax(logits, x=None, y=None):
 
 # ---- Section 4.1: the feature map generator, (B, 3, H, W) -> (B, K + D, h, w) ----
 
-# Mix Transformers: blocks per stage, widths, attention heads, width of the MLP decoder.
-MIT_SIZES = {
-    "tiny": ([1, 1, 1, 1], [16, 32, 64, 128], [1, 2, 4, 8], 64),  # ours, for two CPU cores
-    "b0": ([2, 2, 2, 2], [32, 64, 160, 256], [1, 2, 5, 8], 256),
-    "b3": ([3, 4, 18, 3], [64, 128, 320, 512], [1, 2, 5, 8], 768),  # the paper's
-}
+SEGFORMER_SIZES = {
+    "tiny": dict(  # ours, for two CPU cores
+        depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128], num_attention_heads=[1, 2, 4, 8],
+        decoder_hidden_size=64,
+    ),
+    "b0": dict(
+        depths=[2, 2, 2, 2], hidden_sizes=[32, 64, 160, 256], num_attention_heads=[1, 2, 5, 8],
+        decoder_hidden_size=256,
+    ),
+    "b3": dict(  # the paper's
+        depths=[3, 4, 18, 3], hidden_sizes=[64, 128, 320, 512], num_attention_heads=[1, 2, 5, 8],
+        decoder_hidden_size=768,
+    ),
+}  # fmt: skip
 
 
 class SegformerGenerator(nn.Module):
@@ -128,43 +112,35 @@ class SegformerGenerator(nn.Module):
 
     def __init__(self, channels, size="b3", dropout=0.1):
         super().__init__()
-        depths, widths, heads, decoder = MIT_SIZES[size]
+        # open: one head makes both the attention logits and the features
         config = SegformerConfig(
-            depths=depths, hidden_sizes=widths, num_attention_heads=heads,
-            decoder_hidden_size=decoder, drop_path_rate=dropout, classifier_dropout_prob=dropout,
-            num_labels=channels,  # open: one head makes both attention logits and features
+            **SEGFORMER_SIZES[size], num_labels=channels,
+            drop_path_rate=dropout, classifier_dropout_prob=dropout,
         )  # fmt: skip
-        self.segformer = SegformerForSemanticSegmentation(config)
+        self.network = SegformerForSemanticSegmentation(config)
 
     def load_backbone(self, source):
-        """Take the backbone of a hub model (nvidia/mit-b3) or a local folder. Raises OSError."""
-        config = self.segformer.config
-        wanted = f"a Segformer backbone of widths {config.hidden_sizes}"
-        with explained(f"{wanted} was not found in {source!r}"):
-            options = dict(config=config, dtype=torch.float32, output_loading_info=True)
-            backbone, report = SegformerModel.from_pretrained(source, **options)
-            require(not report["missing_keys"], f"missing are {report['missing_keys']}")
-        self.segformer.segformer = backbone
+        """Take the backbone of a hub model (nvidia/mit-b3) or of a local folder."""
+        options = dict(config=self.network.config, dtype=torch.float32, output_loading_info=True)
+        backbone, report = SegformerModel.from_pretrained(source, **options)
+        if report["missing_keys"]:  # transformers would leave them at random
+            raise ValueError(f"{source} has no Segformer backbone of this size")
+        self.network.segformer = backbone
 
     def forward(self, images):
         # open: images enter in [0, 1], without ImageNet's mean and deviation
-        return self.segformer(images).logits  # (B, channels, h, w)
+        return self.network(images).logits  # (B, channels, h, w)
 
 
 # ---- Algorithm 1: from feature maps to the latents of each slot ----
 
 
 def normalized_coordinates(height, width, device=None):
-    """x (w,) of the columns and y (h,) of the rows in [-1, 1]; a single cell is at 0.
-
-    Here +-1 are the centres of the outermost cells; for the spatial transformer below they are the
-    edges of the image. At x = 1 that is a gap of half a cell, or 2 pixels with the Segformer, and
-    in proportion elsewhere. The refinement can learn to close it.
-    """
-    i = torch.arange(width, device=device)  # from 0, where the paper counts from 1
-    j = torch.arange(height, device=device)
-    x = (2 * i - (width - 1)) / max(1, width - 1)  # eq. (12)
-    y = (2 * j - (height - 1)) / max(1, height - 1)  # eq. (13)
+    """x (w,) of the columns and y (h,) of the rows, from -1 to 1."""
+    i = torch.arange(1, width + 1, device=device)
+    j = torch.arange(1, height + 1, device=device)
+    x = 2 * (i - 1) / (width - 1) - 1  # eq. (12)
+    y = 2 * (j - 1) / (height - 1) - 1  # eq. (13)
     return x, y
 
 
@@ -183,51 +159,24 @@ class Refinement(nn.Module):
     There is no positional encoding, so that the order of the slots does not matter.
     """
 
-    def __init__(self, dim_slot, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
+    def __init__(self, dim_phi, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
         super().__init__()
-        # open: PyTorch's layer: norm after the residual, ReLU; all copies start alike
+        # The standard PyTorch layer: ReLU, and norm after the residual. TransformerEncoder copies
+        # it, so that all layers start with equal weights. No slot is padding: no nested tensors.
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
-        self.embedding = nn.Linear(dim_slot, width)
+        self.embedding = nn.Linear(dim_phi + 2, width)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.projection = nn.Linear(width, dim_slot)
+        self.projection = nn.Linear(width, dim_phi + 2)
 
     def forward(self, slots):
         return self.projection(self.transformer(self.embedding(slots)))  # (B, K, D + 2)
 
 
-@torch.no_grad()
-def start_as_identity(refinement):
-    """Let a Refinement begin as the identity: PyTorch's start idles for thousands of steps.
-
-    First, the last linear map of each attention and each MLP is zero, so that a layer adds nothing
-    and only its norms remain. Second, the embedding adds a bias of 1, -1, 1, ..., beside which a
-    slot is small: dividing by the deviation, which a norm does, then changes next to nothing.
-    Third, the embedding's columns are orthonormal and orthogonal to that bias and to the mean that
-    a norm removes, so that the transposed embedding reads the slot back.
-    """
-    # differs: the paper keeps PyTorch's start; at its 125 000 steps there is time for it
-    width, dim_slot = refinement.embedding.weight.shape
-    needed = dim_slot + 2
-    require(width >= needed, f"dim_transformer is {width}: the identity start needs {needed}")
-    for layer in refinement.transformer.layers:
-        for last in (layer.self_attn.out_proj, layer.linear2):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-    mean = torch.ones(width)
-    bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
-    frame = torch.column_stack((mean, bias, torch.randn(width, dim_slot)))
-    basis = torch.linalg.qr(frame).Q[:, 2:]  # (width, D + 2)
-    refinement.embedding.weight.copy_(basis)
-    refinement.embedding.bias.copy_(bias)
-    refinement.projection.weight.copy_(basis.T)
-    nn.init.zeros_(refinement.projection.bias)
-
-
 class Encoder(nn.Module):
     """Algorithm 1: feature maps -> latents, attention maps and their soft-argmax.
 
-    dim_scale is 1 for isotropic and 2 for anisotropic scaling, D = dim_scale + 1 + dim_z_what;
-    refinement maps (B, K, D + 2) to the same shape, None leaves it out (Table 4).
+    D = dim_scale + 1 + dim_z_what, where dim_scale is 1 for isotropic and 2 for anisotropic
+    scaling. refinement maps (B, K, D + 2) to the same shape; None leaves it out (Table 4).
     """
 
     def __init__(self, slots, dim_scale, dim_z_what, s_min=1.3, s_max=24.0, refinement=None):
@@ -236,49 +185,54 @@ class Encoder(nn.Module):
         self.s_min = s_min
         self.s_max = s_max
         self.refinement = refinement or nn.Identity()
-        self.split_sizes = [2, dim_scale, 1, dim_z_what]  # open: order (x, y), s, alpha, z_what
+        self.split_sizes = [2, dim_scale, 1, dim_z_what]  # (x, y), s, alpha, z_what
 
     def forward(self, feature_maps):
-        """Logits, Phi (B, K + D, h, w) -> Latents, attention (B, K, h, w), position (B, K, 2)."""
-        logits, features = feature_maps.tensor_split([self.slots], dim=1)  # K and D channels
+        """(B, K + D, h, w) -> Latents, attention (B, K, h, w), attention position (B, K, 2)."""
+        logits = feature_maps[:, : self.slots]  # (B, K, h, w); open: they are the first channels
+        features = feature_maps[:, self.slots :]  # (B, D, h, w), Phi
         x, y = normalized_coordinates(*features.shape[-2:], device=features.device)
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
-        position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
-        # One matrix product per image, (B, K, h w) times (B, h w, D).
+        attention_position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
         pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
-        refined = self.refinement(torch.cat((position, pooled), dim=-1))  # (B, K, D + 2)
-        return self.split_latents(refined), attention, position
+        refined = self.refinement(torch.cat((attention_position, pooled), dim=-1))  # (B, K, D + 2)
+        return self.split_latents(refined), attention, attention_position
 
     def split_latents(self, refined):
         """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
-        position, scale, activation, z_what = refined.split(self.split_sizes, dim=-1)
-        # The clamp has no gradient outside: a position that is driven there by too high a
-        # learning rate stays there. The column "clamped" of the log counts such positions.
+        position, s, activation, z_what = refined.split(self.split_sizes, dim=-1)
+        # The clamp passes no gradient to a position outside. Too high a learning rate drives
+        # positions there, and only a change of the shared weights brings them back.
         position = position.clamp(-1, 1)  # (B, K, 2)
-        scale = self.s_min + (self.s_max - self.s_min) * scale.sigmoid()  # (B, K, 1 or 2)
-        scale = scale.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
+        s = self.s_min + (self.s_max - self.s_min) * s.sigmoid()  # (B, K, 1 or 2)
+        scale = s.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
+        # differs: with isotropic scaling the authors' code reads alpha from z_what[0], not from its
+        # own column. This is the paper's.
         activation = activation.squeeze(-1).exp()  # (B, K)
         return Latents(position, scale, activation, z_what)
 
 
 # ---- Algorithm 2: from latents to layers and their weights ----
 
+GLIMPSE_CHANNELS = {  # side G -> channels at 2 x 2, 4 x 4, ..., G / 2 x G / 2 and G x G (Table 7)
+    32: (64, 32, 16, 8, 4),
+    64: (128, 64, 32, 16, 8, 4),
+}
+
 
 class GlimpseGenerator(nn.Module):
     """Colours o_k and mask m_k of an object (Table 7): (N, Z) -> (N, 3 + 1, G, G) in [0, 1]."""
 
-    def __init__(self, dim_z_what=32, size=64):
+    def __init__(self, dim_z_what=32, side=64):
         super().__init__()
-        channels = [2 * size]  # 2 G, G, ..., 8, 4: colours and mask at the end
-        while channels[-1] > 4:
-            channels.append(channels[-1] // 2)
-        # Table 7 prints stride 2 for the first layer, which does nothing on a single pixel.
-        layers = [nn.ConvTranspose2d(dim_z_what, channels[0], 2, bias=False)]  # 1 x 1 -> 2 x 2
+        channels = GLIMPSE_CHANNELS[side]
+        # open: stride 1, where Table 7 prints 2: on a single pixel both give 2 x 2
+        layers = [nn.ConvTranspose2d(dim_z_what, channels[0], 2, bias=False)]
         for c_in, c_out in zip(channels, channels[1:]):  # each layer doubles the side
-            bias = c_out == 4  # open: the last layer alone has one
+            last = c_out == channels[-1]  # open: the last layer alone has a bias
             layers += [nn.GroupNorm(max(1, c_in // 16), c_in), nn.CELU()]
-            layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=bias)]
+            layers += [nn.ConvTranspose2d(c_in, c_out, 4, stride=2, padding=1, bias=last)]
         self.layers = nn.Sequential(*layers, nn.Sigmoid())
 
     def forward(self, z_what):
@@ -289,16 +243,19 @@ def spatial_transformer(glimpses, position, scale, height, width):
     """Shrink glimpses by s and move them to (x, y) (Algorithm 2).
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
+    Here -1 and 1 are the image's edges. In (12) and (13) they are the centres of the outermost
+    cells, half a cell further in: at most 2 pixels with the Segformer. The refinement can learn it.
     """
-    # The pixel p of the image shows the glimpse at s (p - position). There is no rotation, so that
-    # each axis can be computed by itself; F.affine_grid would multiply by a matrix half of zeros.
-    # open: bilinear, zero outside the glimpse, +-1 at the outer edges (align_corners=False)
-    columns = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (width,)
-    rows = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (height,)
-    u = scale[:, :1] * (columns - position[:, :1])  # (N, width)
-    v = scale[:, 1:] * (rows - position[:, 1:])  # (N, height)
-    u, v = torch.broadcast_tensors(u[:, None, :], v[:, :, None])  # (N, height, width) each
-    return F.grid_sample(glimpses, torch.stack((u, v), dim=-1), align_corners=False)
+    # The pixel (x, y) of the image shows the point theta (x, y, 1) of the glimpse, where
+    # theta = [[s_x, 0, -s_x x_k], [0, s_y, -s_y y_k]]. Each axis is computed by itself, in less
+    # than half of the time of F.affine_grid.
+    x = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (W,), pixel centres
+    y = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (H,)
+    glimpse_x = scale[:, :1] * (x - position[:, :1])  # (N, W)
+    glimpse_y = scale[:, 1:] * (y - position[:, 1:])  # (N, H)
+    grid = torch.broadcast_tensors(glimpse_x[:, None, :], glimpse_y[:, :, None])  # (N, H, W) each
+    # open: bilinear, and zero outside the glimpse
+    return F.grid_sample(glimpses, torch.stack(grid, dim=-1), align_corners=False)
 
 
 def occlusion_weights(activation, masks, alpha_0):
@@ -306,8 +263,8 @@ def occlusion_weights(activation, masks, alpha_0):
 
     activation (B, K), masks (B, K, H, W), alpha_0 () or (H, W) -> (B, K + 1, H, W), sums to 1.
     """
+    strength_0 = alpha_0 * torch.ones_like(masks[:, :1])  # (B, 1, H, W), alpha_0 M_0 with M_0 = 1
     strength_k = activation[:, :, None, None] * masks  # (B, K, H, W), alpha_k M_k
-    strength_0 = alpha_0.expand_as(strength_k[:, :1])  # (B, 1, H, W), alpha_0 M_0 with M_0 = 1
     strength = torch.cat((strength_0, strength_k), dim=1)  # (B, K + 1, H, W)
     return strength / strength.sum(1, keepdim=True)  # eq. (17)
 
@@ -321,139 +278,76 @@ def compose(weights, background, layers):
 class Renderer(nn.Module):
     """Algorithm 2, all but its last line: latents -> weights, layers, masks and glimpses."""
 
-    def __init__(self, height, width, dim_z_what=32, glimpse=64, log_alpha_0=11.0, per_pixel=False):
+    def __init__(self, height, width, dim_z_what=32, side=64, log_alpha_0=11.0, per_pixel=False):
         super().__init__()
         self.size = height, width
-        self.glimpse_generator = GlimpseGenerator(dim_z_what, glimpse)
-        # A large alpha_0 hides all objects at first, and they grow only where they help. With a
-        # small one the first random glimpses hurt, and all slots die.
-        # open: the logarithm of alpha_0 is learned and, for alpha_0(i, j), a map that is added
+        self.glimpse_generator = GlimpseGenerator(dim_z_what, side)
+        # An object starts with an activation of about 1. Beside e^11 = 59 874 it is invisible, and
+        # grows only where it helps.
+        # open: it is the logarithm that is learned; for alpha_0(i, j), a map is added to it
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(log_alpha_0)))
-        self.log_alpha_0_map = nn.Parameter(torch.zeros(self.size), requires_grad=per_pixel)
+        self.log_alpha_0_map = nn.Parameter(torch.zeros(self.size)) if per_pixel else 0.0
 
     def forward(self, latents):
         """-> weights (B, K + 1, H, W), layers (B, K, 3, H, W), masks (B, K, H, W), glimpses."""
-        slots = latents.activation.shape[1]  # K
-        position, scale, _, z_what = (x.flatten(0, 1) for x in latents)  # (B K, 2 or Z)
-        glimpses = self.glimpse_generator(z_what)  # (B K, 4, G, G)
-        moved = spatial_transformer(glimpses, position, scale, *self.size)  # (B K, 4, H, W)
-        layers, masks = moved.unflatten(0, (-1, slots)).split([3, 1], dim=2)  # (B, K, 3 or 1, H, W)
-        masks = masks.squeeze(2)  # (B, K, H, W)
-        alpha_0 = (self.log_alpha_0 + self.log_alpha_0_map).exp()  # (H, W)
-        weights = occlusion_weights(latents.activation, masks, alpha_0)
-        return weights, layers, masks, glimpses.unflatten(0, (-1, slots))
+        batch_slots = latents.activation.shape  # B, K; the slots are drawn as N = B K glimpses
+        position = latents.position.flatten(0, 1)  # (N, 2)
+        scale = latents.scale.flatten(0, 1)  # (N, 2)
+        glimpses = self.glimpse_generator(latents.z_what.flatten(0, 1))  # (N, 4, G, G)
+        moved = spatial_transformer(glimpses, position, scale, *self.size)  # (N, 4, H, W)
+        moved = moved.unflatten(0, batch_slots)  # (B, K, 4, H, W)
+        layers = moved[:, :, :3]  # (B, K, 3, H, W), L_1..L_K
+        masks = moved[:, :, 3]  # (B, K, H, W), M_1..M_K
+        alpha_0 = (self.log_alpha_0 + self.log_alpha_0_map).exp()  # () or (H, W)
+        weights = occlusion_weights(latents.activation, masks, alpha_0)  # (B, K + 1, H, W)
+        return weights, layers, masks, glimpses.unflatten(0, batch_slots)
 
 
-# ---- Section 4.1: background model, the autoencoder of [38] ----
-
-# Channels of encoder and decoder, both from image to latents, by number of blocks, as the authors
-# use [38] for this paper.
-BACKGROUND_CHANNELS = {
-    ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
-    ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
-    ("simple", 7): ([3, 64, 160, 320, 160, 160, 32, 16], [4, 144, 256, 512, 256, 256, 32, 16]),
-    ("complex", 5): ([3, 64, 160, 160, 16, 16], [4, 144, 640, 640, 16, 16]),
-    ("complex", 6): ([3, 64, 160, 320, 160, 16, 16], [4, 144, 640, 1280, 640, 16, 16]),
-    ("complex", 7): ([3, 64, 320, 640, 640, 320, 16, 16], [4, 144, 640, 1280, 640, 320, 16, 16]),
-}
+# ---- Section 4.2.1: the loss of phases 2 and 3 ----
 
 
-def shrink_side(side):
-    """One step of the schedule of [38] -> (kernel, stride, padding, remainder), the next side.
+def reconstruction_loss(images, reconstruction):
+    """Mean over pixels of the squared L1 error over colours: two (B, 3, H, W) -> ()."""
+    error = (reconstruction - images).abs().sum(1)  # (B, H, W), eq. (19)
+    return error.square().mean()  # eq. (20)
 
-    The remainder is what the stride leaves over; the mirrored convolution adds it again. A side of
-    64 gives (5, 2, 2, 1), 32.
+
+def pixel_entropy_loss(weights):
+    """Mean over pixels of the squared entropy of the weights: (B, K + 1, H, W) -> ().
+
+    Squared, since the gradient of the entropy itself is singular where one weight is 1.
     """
-    if side > 5:
-        kernel, stride, padding = 5, 2, 2
-    elif side > 3:
-        kernel, stride, padding = 4, 2, 1
-    else:
-        kernel, stride, padding = side, 1, 0
-    steps, remainder = divmod(side + 2 * padding - kernel, stride)
-    return (kernel, stride, padding, remainder), steps + 1
+    entropy = -(weights * (weights + 1e-20).log()).sum(1)  # (B, H, W)
+    return entropy.square().mean()  # eq. (21)
 
 
-def background_blocks(height, width):
-    """The convolutions that bring an image to 1 x 1.
+def quadratic_warmup(step, steps):
+    """min(1, step / steps)^2; 1 where there is no warm-up, that is, where steps is 0."""
+    return min(1.0, step / steps) ** 2 if steps else 1.0
 
-    A list of (kernel, stride, padding, remainder), each a pair (of the rows, of the columns).
+
+def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
+    """The terms of the loss by name, () each. Their sum is the loss, eq. (22).
+
+    images (B, 3, H, W), the model's Output for them, and the number of the step from 0.
     """
-    blocks = []
-    while max(height, width) > 1:
-        rows, height = shrink_side(height)  # open: each axis has its own kernels
-        columns, width = shrink_side(width)
-        blocks.append(tuple(zip(rows, columns)))
-    return blocks
-
-
-class CoordConv(nn.Module):
-    """A convolution of x, row and column, group norm and CELU: (B, C, h, w) -> (B, C', h', w')."""
-
-    def __init__(self, convolution, norm=True):
-        super().__init__()
-        channels = convolution.out_channels
-        self.convolution = convolution
-        self.norm = nn.GroupNorm(max(1, channels // 16), channels) if norm else None
-
-    def forward(self, x):
-        def coordinates(n):  # from -0.5 to 0.5; [38] puts a single one at 1
-            return torch.linspace(-0.5 if n > 1 else 1, 0.5, n, device=x.device)
-
-        # Made on x's own device: a CUDA graph cannot record a copy from the CPU.
-        axes = [coordinates(n) for n in x.shape[2:]]  # rows (h,) and columns (w,)
-        rows_columns = torch.stack(torch.meshgrid(*axes, indexing="ij")).to(x.dtype)  # (2, h, w)
-        x = torch.cat((x, rows_columns.expand(x.shape[0], -1, -1, -1)), dim=1)  # (B, C + 2, h, w)
-        x = self.convolution(x)  # (B, C', h', w')
-        return x if self.norm is None else F.celu(self.norm(x))
-
-
-class BackgroundAutoencoder(nn.Module):
-    """Background of an image, through 16 latents that have no room for objects ([38]).
-
-    images (B, 3, H, W) -> background (B, 3, H, W) and a prediction (B, H, W) of its error, all in
-    [0, 1]. [38] finds objects where the true error is larger than the predicted one. Here the
-    prediction is only learned along with the background, as the authors do; nothing reads it
-    afterwards. factor scales the hidden channels.
-    """
-
-    def __init__(self, height, width, kind="complex", factor=1.0):
-        super().__init__()
-        blocks = background_blocks(height, width)
-        down, up = (list(channels) for channels in BACKGROUND_CHANNELS[kind, len(blocks)])
-        for channels in (down, up):  # in multiples of a norm's group, 16
-            channels[1:-1] = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
-        encoder, decoder = [], []
-        for i, (kernel, stride, padding, remainder) in enumerate(blocks):
-            shape = dict(kernel_size=kernel, stride=stride, padding=padding, bias=False)
-            conv = nn.Conv2d(down[i] + 2, down[i + 1], **shape)
-            back = nn.ConvTranspose2d(up[i + 1] + 2, up[i], output_padding=remainder, **shape)
-            encoder.append(CoordConv(conv))
-            decoder.insert(0, CoordConv(back, norm=i > 0))
-        self.encoder = nn.Sequential(*encoder)
-        self.decoder = nn.Sequential(*decoder)
-
-    def forward(self, images):
-        # open: images enter the autoencoder in [0, 1], not in the authors' 0..255
-        latents = self.encoder(images)  # (B, 16, 1, 1)
-        output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W), not in bf16
-        return output[:, :3], output[:, 3]
+    weight = entropy_weight * quadratic_warmup(step, entropy_warmup)
+    return {
+        "reconstruction": reconstruction_loss(images, output.reconstruction),
+        "weighted_entropy": weight * pixel_entropy_loss(output.weights),  # eq. (22)
+    }
 
 
 # ---- Table 6 and Figure 1: the whole model ----
-
-# Numbers of the settings are positive, but for these and log_alpha_0.
-IntOrZero = Annotated[int, "or 0"]
-FloatOrZero = Annotated[float, "or 0"]
 
 
 @dataclass(frozen=True)
 class Config:
     """The architecture, by default the paper's for CLEVRTEX (Table 6)."""
 
-    height: int = 128  # height H of the images, 32..192 pixels
-    width: int = 128  # width W of the images, 32..192 pixels
-    slots: int = 10  # K, the most objects in a scene
+    height: int = 128  # height H of the images in pixels, 32..192
+    width: int = 128  # width W of the images in pixels, 32..192
+    slots: int = 10  # K, the most objects in a scene, up to 255
     anisotropic: bool = True  # scale width and height of a glimpse apart
     generator: str = "segformer"  # of the feature maps: segformer or unet
     backbone: Literal["tiny", "b0", "b3"] = "b3"  # size of the Segformer
@@ -463,42 +357,25 @@ class Config:
     transformer_heads: int = 8  # attention heads of a transformer layer
     dim_feedforward: int = 512  # hidden width of a transformer layer's MLP
     transformer_layers: int = 6  # number of transformer layers
-    dropout: FloatOrZero = 0.1  # of Segformer and transformer, and the Segformer's drop-path
+    dropout: float = 0.1  # of Segformer and transformer, and the Segformer's drop-path
     dim_z_what: int = 32  # Z, width of the appearance vector
-    scale_min: float = 1.3  # s_min, the least inverse scaling factor of a glimpse
-    scale_max: float = 24.0  # s_max, the largest inverse scaling factor of a glimpse
+    scale_min: float = 1.3  # s_min, above 1, so that no glimpse fills the image
+    scale_max: float = 24.0  # s_max, so that a glimpse is large enough to have a gradient
     log_alpha_0: float = 11.0  # logarithm of the background's activation at the start
     alpha_0_per_pixel: bool = False  # learn an activation per pixel, for fixed cameras
     background_kind: Literal["simple", "complex"] = "complex"  # fixed or varying backgrounds
     background_width: float = 1.0  # factor on the background autoencoder's channels
 
     def __post_init__(self):
-        for field in fields(self):
-            name = field.name
-            value = getattr(self, name)
-            if get_origin(field.type) is Literal:
-                choices = get_args(field.type)
-                require(value in choices, f"{name} is {value!r}: use one of {', '.join(choices)}")
-                continue
-            kind, *or_zero = get_args(field.type) or [field.type]  # IntOrZero has int and "or 0"
-            if kind in (int, float):
-                fits = isinstance(value, (int, kind)) and math.isfinite(value)
-                fits = fits and (value > 0 or (or_zero and value == 0) or name == "log_alpha_0")
-                number = "a positive whole number" if kind is int else "a positive number"
-                require(fits, f"{name} is {value}: use {' '.join([number, *or_zero])}")
-        known = ", ".join(GENERATORS)
-        fits = self.generator in GENERATORS
-        require(fits, f"generator is {self.generator!r}: use one of {known}")
-        sides = self.height, self.width
-        heads = self.transformer_heads
-        dim = self.dim_transformer
-        low = self.scale_min
-        high = self.scale_max
-        require(32 <= min(sides) <= max(sides) <= 192, f"images are {sides}: use sides of 32..192")
-        require(self.dropout < 1, f"dropout is {self.dropout}: use 0..1, without 1")
-        require(self.slots <= 255, f"slots is {self.slots}: label maps hold 255 objects at most")
-        require(dim % heads == 0, f"{heads} heads do not divide dim_transformer {dim}")
-        require(low < high, f"scale_min is {low} and scale_max {high}: the first must be smaller")
+        # [38] names channels for 5 to 7 convolutions, which are images of 25 to 192 pixels.
+        if not 32 <= min(self.height, self.width) <= max(self.height, self.width) <= 192:
+            raise ValueError(f"images are {self.height} x {self.width}: use sides of 32..192")
+        if not 1 < self.scale_min < self.scale_max:
+            raise ValueError(f"scales are {self.scale_min}..{self.scale_max}: use 1 < min < max")
+        if not 1 <= self.slots <= 255:
+            raise ValueError(f"slots is {self.slots}: use 1..255, as many as labels of 8 bits")
+        if self.generator not in GENERATORS:
+            raise ValueError(f"no generator is registered as {self.generator!r}: {[*GENERATORS]}")
 
 
 class Output(NamedTuple):
@@ -515,20 +392,26 @@ class Output(NamedTuple):
     attention_position: Tensor  # (B, K, 2), its soft-argmax, before the refinement, in [-1, 1]
 
 
-class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mit"):
-    """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`."""
+class ASTSeg(
+    nn.Module, PyTorchModelHubMixin, library_name="astseg", pipeline_tag="image-segmentation",
+    paper_url="https://arxiv.org/abs/2205.13271",
+):  # fmt: skip
+    """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`.
+
+    The mixin saves the Config beside the weights, and rebuilds it by the annotation of __init__.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        dim_scale = 2 if config.anisotropic else 1
-        dim = dim_scale + 1 + config.dim_z_what  # D: scaling factor, activation, z_what
         size = config.height, config.width
-        self.generator = GENERATORS[config.generator](config.slots + dim, config)
+        dim_scale = 2 if config.anisotropic else 1
+        dim_phi = dim_scale + 1 + config.dim_z_what  # D: scaling factor, activation, z_what
+        self.generator = GENERATORS[config.generator](config.slots + dim_phi, config)
         refinement = None
         if config.transformer:
             refinement = Refinement(
-                dim + 2, width=config.dim_transformer, heads=config.transformer_heads,
+                dim_phi, width=config.dim_transformer, heads=config.transformer_heads,
                 feedforward=config.dim_feedforward, layers=config.transformer_layers,
                 dropout=config.dropout,
             )  # fmt: skip
@@ -538,20 +421,25 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
         )  # fmt: skip
         self.renderer = Renderer(
             *size, config.dim_z_what,
-            glimpse=32 if max(size) <= 64 else 64,  # open: 64 above 128 px too (Table 7)
+            side=32 if max(size) <= 64 else 64,  # open: Table 7 has 64 and 128 pixels alone
             log_alpha_0=config.log_alpha_0, per_pixel=config.alpha_0_per_pixel,
         )  # fmt: skip
         self.background = BackgroundAutoencoder(
             *size, kind=config.background_kind, factor=config.background_width
         )
+        self.seen_images = False
 
     def forward(self, images, background=None):
-        """images (B, 3, H, W) in [0, 1] and, if it is known, their background -> Output."""
+        """images (B, 3, H, W) in [0, 1] -> Output.
+
+        background (B, 3, H, W) takes the place of the autoencoder's: phase 2 has memorised it.
+        """
         self.check_images(images)
         feature_maps = self.generator(images).to(images.dtype)  # (B, K + D, h, w)
         if background is None:
             background, _ = self.background(images)  # (B, 3, H, W)
-        # Softmax over pixels, exp(activation) and (17) do not survive half precision.
+        # On a GPU the networks above run in bf16, whose 8 bits are too few from here on: for
+        # positions, exp(alpha) and (17).
         with torch.autocast(images.device.type, enabled=False):
             latents, attention, attention_position = self.encoder(feature_maps)
             weights, layers, masks, glimpses = self.renderer(latents)
@@ -564,84 +452,138 @@ class ASTSeg(nn.Module, PyTorchModelHubMixin, library_name="astseg", license="mi
     @torch.no_grad()
     def segment(self, images):
         """images (B, 3, H, W) in [0, 1] -> label maps (B, H, W), int64, 0..K, 0 the background."""
-        require(not self.training, "call model.eval() before model.segment: dropout is on")
+        if self.training:
+            raise ValueError("call model.eval() before model.segment: dropout is on")
         # The weights do not depend on the background image (section 4.1): any will do.
         return self(images, background=images).weights.argmax(1)
 
+    @property
+    def device(self):
+        return self.renderer.log_alpha_0.device
+
     def check_images(self, images):
-        """Raise ValueError for a wrong shape or type or, outside training, wrong values."""
-        # if and raise in place of require: torch.export must not put a symbolic shape into words.
-        height, width = self.config.height, self.config.width
-        dtype = self.renderer.log_alpha_0.dtype
-        if images.ndim != 4 or images.shape[1:] != (3, height, width) or images.shape[0] == 0:
-            seen = tuple(images.shape)
-            raise ValueError(f"images are {seen}: this model takes (B, 3, {height}, {width})")
-        if dtype.itemsize < 4:
-            raise ValueError(f"the model is in {dtype}: keep it in float32 and use torch.autocast")
-        if images.dtype != dtype:
-            raise ValueError(f"images are {images.dtype}: give {dtype} in [0, 1], bytes / 255")
-        if not (self.training or torch.compiler.is_compiling()):
-            low, high = images.aminmax()
-            if low.isnan():
-                raise ValueError("images hold NaN (not a number): mend or leave them out")
-            if low < -1e-3 or high > 1 + 1e-3:  # resampling rounds a little beyond
-                raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+        """Raise ValueError for what is no image. In training, values are looked at once."""
+        size = 3, self.config.height, self.config.width
+        is_tensor = isinstance(images, Tensor)
+        if not is_tensor or images.shape[1:] != size or images.dtype.itemsize < 4:
+            seen = f"{images.dtype} {tuple(images.shape)}" if is_tensor else type(images)
+            raise ValueError(f"images are {seen}: give a float32 tensor, B images of {size}")
+        if torch.compiler.is_compiling() or (self.training and self.seen_images):
+            return
+        low, high = images.aminmax()
+        if not (-0.01 <= low and high <= 1.01):  # neither is NaN
+            raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
+        self.seen_images = True
 
     @classmethod
-    def from_pretrained(cls, source, strict=True, **options):
-        """The model of a folder or hub name; all its weights must be there. Raises OSError."""
-        with explained(f"{source} holds no whole model"):
-            return super().from_pretrained(str(source), strict=strict, **options)
+    def from_pretrained(cls, source, **options):
+        """The model of a folder or a hub name, with all of its weights."""
+        return super().from_pretrained(str(source), **{"strict": True, **options})
 
 
-# ---- Section 4.2: losses and schedules ----
+# ==== The paper's own text ends here. Below: what it cites, [38] and metrics, and Table 8. ====
+
+# ---- Sections 4.1 and 4.2.2: the background model of [38] and its loss, which is phase 1 ----
+
+# Channels of the encoder, and of the decoder read backwards: both from image to latents. They are
+# those of background/models.py in the authors' code; [38] names others. Keys: kind and the number
+# of convolutions.
+BACKGROUND_CHANNELS = {
+    ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
+    ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
+    ("simple", 7): ([3, 64, 160, 320, 160, 160, 32, 16], [4, 144, 256, 512, 256, 256, 32, 16]),
+    ("complex", 5): ([3, 64, 160, 160, 16, 16], [4, 144, 640, 640, 16, 16]),
+    ("complex", 6): ([3, 64, 160, 320, 160, 16, 16], [4, 144, 640, 1280, 640, 16, 16]),
+    # This encoder is as irregular in the authors' code.
+    ("complex", 7): ([3, 64, 320, 640, 640, 320, 16, 16], [4, 144, 640, 1280, 640, 320, 16, 16]),
+}
 
 
-def reconstruction_loss(images, reconstruction):
-    """Mean over pixels of the squared L1 error over colours: two (B, 3, H, W) -> ()."""
-    error = (reconstruction - images).abs().sum(1)  # (B, H, W), eq. (19)
-    return error.square().mean()  # eq. (20)
+def shrink_schedule(side, count):
+    """The convolutions that bring a side to 1: a list of (kernel, stride, padding, remainder).
 
-
-def pixel_entropy_loss(weights):
-    """Mean over pixels of the squared entropy of the weights: (B, K + 1, H, W) -> ().
-
-    Squared, since the gradient of the entropy itself is singular where one weight is 1 (4.2.1).
+    The remainder is what the stride leaves over; the decoder's convolution adds it again. 64 has
+    (5, 2, 2, 1) for 64 -> 32, ..., (4, 2, 1, 0) for 4 -> 2 and (2, 1, 0, 0) for 2 -> 1.
     """
-    entropy = -(weights * (weights + 1e-20).log()).sum(1)  # (B, H, W)
-    return entropy.square().mean()  # eq. (21)
+    schedule = []
+    for _ in range(count):
+        if side > 5:
+            kernel, stride, padding = 5, 2, 2
+        elif side > 3:
+            kernel, stride, padding = 4, 2, 1
+        else:
+            kernel, stride, padding = side, 1, 0
+        reach = side + 2 * padding - kernel
+        schedule.append((kernel, stride, padding, reach % stride))
+        side = reach // stride + 1
+    return schedule
 
 
-def quadratic_warmup(step, steps):
-    """min(1, step / steps)^2, and 1 where steps is 0 (section 4.2.1)."""
-    return min(1.0, step / steps) ** 2 if steps else 1.0
+def row_and_column(x):
+    """Two more channels for x (B, C, h, w): row and column, from -0.5 to 0.5 -> (B, 2, h, w)."""
+    axes = []
+    for n in x.shape[2:]:  # on x's own device, or a CUDA graph could not record it
+        line = torch.linspace(-0.5, 0.5, n, device=x.device)  # (n,)
+        axes.append(line if n > 1 else torch.ones_like(line))  # [38] puts a single one at 1
+    grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
+    return grid.to(x.dtype).expand(x.shape[0], -1, -1, -1)
 
 
-def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
-    """The terms of the loss of phases 2 and 3 by name, () each; the loss is their sum, eq. (22).
+class CoordConv(nn.Module):
+    """Convolution of x, row and column, then group norm and CELU: (B, C, h, w) -> (B, C', h', w').
 
-    images (B, 3, H, W), what the model says of them, the number of the step from 0.
+    convolution takes C + 2 channels; is_last leaves out norm and CELU.
     """
-    weight = entropy_weight * quadratic_warmup(step, entropy_warmup)
-    return {
-        "reconstruction": reconstruction_loss(images, output.reconstruction),
-        "entropy": weight * pixel_entropy_loss(output.weights),  # eq. (22)
-    }
+
+    def __init__(self, convolution, is_last=False):
+        super().__init__()
+        channels = convolution.out_channels
+        self.convolution = convolution
+        self.norm = None if is_last else nn.GroupNorm(max(1, channels // 16), channels)
+
+    def forward(self, x):
+        x = self.convolution(torch.cat((x, row_and_column(x)), dim=1))  # (B, C', h', w')
+        return x if self.norm is None else F.celu(self.norm(x))
 
 
-def learning_rate(step, peak, total, warmup=0, decay_at=0.9, decay="step"):
-    """Rate of a step: quadratic warm-up to peak, then a fall from decay_at * total on.
+class BackgroundAutoencoder(nn.Module):
+    """The background of an image, from 16 latents: backgrounds lie on a low-dimensional manifold.
 
-    It falls to a tenth ("step", as in the paper) or along a line to zero at total ("linear").
+    images (B, 3, H, W) -> background (B, 3, H, W) and a prediction (B, H, W) of its error, all in
+    [0, 1]. The prediction is a second task of phase 1, and nothing reads it afterwards. factor
+    scales the hidden channels.
     """
-    start = decay_at * total
-    if step < start:
-        fall = 1.0
-    elif decay == "step":
-        fall = 0.1
-    else:
-        fall = (total - step) / max(1.0, total - start)
-    return peak * quadratic_warmup(step, warmup) * fall
+
+    def __init__(self, height, width, kind="complex", factor=1.0):
+        super().__init__()
+        longest = max(height, width)
+        count = 5 if longest <= 48 else 6 if longest <= 96 else 7  # convolutions each way
+
+        def scaled(channels):  # the hidden ones, in multiples of a norm's group, 16
+            hidden = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
+            return [channels[0], *hidden, channels[-1]]
+
+        down, up = (scaled(channels) for channels in BACKGROUND_CHANNELS[kind, count])
+        # open: each axis has its own kernels. The decoder mirrors the encoder.
+        rows = shrink_schedule(height, count)
+        columns = shrink_schedule(width, count)
+        encoder, decoder = [], []
+        for i in range(count):
+            kernel, stride, padding, remainder = zip(rows[i], columns[i])  # a pair each
+            options = dict(kernel_size=kernel, stride=stride, padding=padding, bias=False)
+            conv = nn.Conv2d(down[i] + 2, down[i + 1], **options)
+            back = nn.ConvTranspose2d(up[i + 1] + 2, up[i], output_padding=remainder, **options)
+            encoder.append(CoordConv(conv))
+            decoder.append(CoordConv(back, is_last=i == 0))
+        self.encoder = nn.Sequential(*encoder)
+        self.decoder = nn.Sequential(*reversed(decoder))
+
+    def forward(self, images):
+        # open: images enter in [0, 1], not in the authors' 0..255, which the first norm undoes
+        latents = self.encoder(images)  # (B, 16, 1, 1)
+        # The sigmoid is in fp32: bf16 has steps of 1/256 below 1, and a colour is one of 256.
+        output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W)
+        return output[:, :3], output[:, 3]
 
 
 def robust_background_loss(images, background, predicted_error, strength=6.0, threshold=0.25):
@@ -650,105 +592,88 @@ def robust_background_loss(images, background, predicted_error, strength=6.0, th
     images, background (B, 3, H, W), predicted_error (B, H, W), all in [0, 1] -> (). strength and
     threshold are beta and tau_1 of [38].
     """
-    # Smooth L1 is quadratic below 3 of 255 grey levels, linear above.
-    distance = partial(F.smooth_l1_loss, reduction="none", beta=3 / 255)
+
+    def distance(a, b):  # quadratic below 3 of 255 grey levels, linear above
+        return F.smooth_l1_loss(a, b, reduction="none", beta=3 / 255)
+
     error = distance(background, images).sum(1)  # (B, H, W)
+    # A third of the sum over three colours is in [0, 1], as the prediction is.
     error_of_prediction = distance(predicted_error, error.detach() / 3)  # (B, H, W)
     with torch.no_grad():  # pixels around a large error are objects, and should not teach
-        unexplained = (error / threshold).tanh()  # (B, H, W)
-        # [38] averages over a window of 2 W / 75 + 1 pixels, W / 75 rounded down.
-        radius = images.shape[-1] // 75
-        window = dict(kernel_size=2 * radius + 1, stride=1, padding=radius)
-        average = F.avg_pool2d(unexplained, **window, count_include_pad=False)  # (B, H, W)
+        unexplained = (error / threshold).tanh()  # (B, H, W), near 1 from twice the threshold on
+        radius = images.shape[-1] // 75  # [38] averages over windows of 2 radius + 1 pixels
+        average = F.avg_pool2d(
+            unexplained, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
+        )  # (B, H, W)
         weight = (-strength * average).exp()  # (B, H, W)
     return ((error + error_of_prediction) * weight).mean()
 
 
-# ---- Section 5.1: metrics, per image. Labels: 0 background, 1.. objects or slots ----
+# ---- Section 5.1: metrics of an image. Labels: 0 background, 1.. objects or slots ----
 
 
-def contingency(target, predicted):
-    """Pixels that each pair of labels shares: two (B, H, W) -> a list of B tables (n, n), fp64.
+def contingency_tables(target, predicted, slots):
+    """Pixels that each pair of labels shares: two integer (B, H, W) -> (B, n, n), fp64, on the CPU.
 
-    Rows are target labels, columns predicted ones. Both are the n labels that occur in the image on
-    either side; 0, the background, comes first, even where it does not occur. On the CPU. Raises
-    ValueError for anything but two batches of label maps of one shape.
+    Rows are target labels, columns predicted ones, 0 to n - 1 on both sides. n is K + 1, or more
+    where an image has more objects.
     """
-    for labels in (target, predicted):
-        fits = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim == 3
-        fits = fits and labels.numel() and labels.cpu().long().min() >= 0
-        seen = f"{getattr(labels, 'dtype', type(labels).__name__)} {tuple(np.shape(labels))}"
-        require(fits, f"a label map is {seen}: use tensors (B, H, W) of integers from 0")
-    shapes = tuple(predicted.shape), tuple(target.shape)
-    require(shapes[0] == shapes[1], f"a label map is {shapes[0]}, its target {shapes[1]}")
-    both = torch.stack((target.cpu().long(), predicted.cpu().long()), dim=1).flatten(2)
-    tables = []
-    for pair in both:  # (2, H W)
-        labels, places = F.pad(pair, (1, 0)).unique(return_inverse=True)  # label 0 is always there
-        target_place, predicted_place = places[:, 1:]  # (H W) each, 0..n - 1
-        n = len(labels)
-        counts = torch.bincount(target_place * n + predicted_place, minlength=n * n)
-        tables.append(counts.view(n, n).double())
-    return tables
+    target = target.cpu().long()
+    predicted = predicted.cpu().long()
+    n = 1 + max(slots, target.max().item(), predicted.max().item())
+    tables = [pair.flatten().bincount(minlength=n * n) for pair in target * n + predicted]
+    return torch.stack(tables).view(-1, n, n).double()
 
 
 def iou_matrix(table):
-    """IoU of each pair of labels, and whether one of the two is in the image: (n, n) each."""
+    """IoU of each pair of labels, 0 where both are missing: (n, n) -> (n, n)."""
     union = table.sum(1, keepdim=True) + table.sum(0, keepdim=True) - table
-    return table / union.clamp(min=1), union > 0
+    return table / union.clamp(min=1)
 
 
-def mean_iou(target, predicted):
-    """mIoU with and without the background pair (mIoU, mIoU-FG), after a Hungarian matching.
+def mean_iou(table):
+    """mIoU with and without the background pair, after a Hungarian matching: (n, n) -> two numbers.
 
-    Two (B, H, W) integers -> two (B,), fp64: the sum of the matched IoUs over the number of matched
-    pairs of which at least one side is in the image. That is the authors' definition; others count
-    the true masks alone. Where several matchings have the same sum, which happens when some IoU is
-    0, they may differ in the number of pairs, and the metric is that of one of them.
+    It is the sum of the matched IoUs over the number of matched pairs of which at least one side is
+    in the image: so the authors' code has it. Section 5.1 says "same definitions as [29]", whose
+    own tables seem to leave the background pair out. Where IoUs of 0 leave the matching open, as in
+    a few images of a thousand, the number of pairs is that of SciPy's choice.
     """
-    scores = []
-    for table in contingency(target, predicted):
-        iou, present = iou_matrix(table)
-        matching = linear_sum_assignment(iou, maximize=True)  # rows 0, 1, ... and their columns
-        matched = iou[matching]
-        counted = present[matching]
-        # open: nothing to be found and nothing found counts 1 in mIoU-FG
-        foreground = matched[1:].sum() / counted[1:].sum() if counted[1:].any() else 1.0
-        scores.append((matched.sum() / counted.sum(), foreground))
-    return tuple(torch.tensor(scores, dtype=torch.float64).T)
+    iou = iou_matrix(table)
+    rows, columns = linear_sum_assignment(iou.numpy(), maximize=True)  # rows is 0, 1, ..., n - 1
+    matched = iou[rows, columns]  # (n,)
+    counted = (table.sum(1)[rows] > 0) | (table.sum(0)[columns] > 0)  # (n,)
+    with_background = matched.sum() / counted.sum()
+    if not counted[1:].any():  # open: nothing to be found and nothing found counts 1
+        return with_background.item(), 1.0
+    return with_background.item(), (matched[1:].sum() / counted[1:].sum()).item()
 
 
-def adjusted_rand_index(target, predicted):
-    """ARI-FG, over the pixels whose target is an object: two (B, H, W) integers -> (B,), fp64.
+def adjusted_rand_index(table):
+    """ARI-FG, over the pixels whose target is an object: (n, n) -> a number.
 
-    Pixels predicted as background form an ordinary cluster; an image without objects counts 1.
+    Pixels predicted as background form an ordinary cluster.
     """
 
     def pairs(counts):
         return (counts * (counts - 1) / 2).sum()
 
-    scores = []
-    for table in contingency(target, predicted):
-        table = table[1:]  # without the background's row
-        same_both = pairs(table)
-        same_target = pairs(table.sum(1))
-        same_predicted = pairs(table.sum(0))
-        expected = same_target * same_predicted / pairs(table.sum()).clamp(min=1)
-        best = (same_target + same_predicted) / 2
-        trivial = best == expected  # no pixel, or one cluster on both sides
-        scores.append(1.0 if trivial else (same_both - expected) / (best - expected))
-    return torch.tensor(scores, dtype=torch.float64)
+    objects = table[1:]  # (n - 1, n), without the background's row
+    same_both = pairs(objects)
+    same_target = pairs(objects.sum(1))
+    same_predicted = pairs(objects.sum(0))
+    expected = same_target * same_predicted / pairs(objects.sum()).clamp(min=1)
+    best = (same_target + same_predicted) / 2
+    if best == expected:  # open: no object, or a single one that is whole, counts 1
+        return 1.0
+    return ((same_both - expected) / (best - expected)).item()
 
 
-def segmentation_covering(target, predicted):
-    """MSC-FG, the mean over the objects of their best IoU with any label: two (B, H, W) -> (B,)."""
-    scores = []
-    for table in contingency(target, predicted):
-        iou, _ = iou_matrix(table)
-        is_there = table[1:].sum(1) > 0  # (n - 1,), without the background
-        best = iou[1:].amax(1)[is_there]  # one an object
-        scores.append(best.mean() if len(best) else 0.0)
-    return torch.tensor(scores, dtype=torch.float64)
+def segmentation_covering(table):
+    """MSC-FG, the mean over the objects of their best IoU with any label: (n, n) -> a number."""
+    is_there = table[1:].sum(1) > 0  # (n - 1,), for each object's label
+    best = iou_matrix(table)[1:].amax(1)[is_there]  # one number for each object
+    return best.mean().item() if len(best) else 0.0  # open: an image without objects counts 0
 
 
 # ---- Table 8: the U-Net of the ablation study, another feature map generator ----
@@ -776,26 +701,29 @@ class UNetGenerator(nn.Module):
     def __init__(self, channels, height=128, width=128, factor=1.0):
         super().__init__()
         widths = [max(8, round(c * factor)) for c in (80, 128, 192, 256, 256, 256)]
+        # open: norm and CELU follow the first convolution too, and the one that takes the last skip
         self.first = conv_block(3, widths[0])
         self.center = conv_block(widths[5], widths[5])
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
         for c_in, c_out in zip(widths, widths[1:]):
             residual = Residual(conv_block(c_out, c_out))
-            self.down.append(nn.Sequential(conv_block(c_in, c_out, 4, 2), residual))
+            self.down.append(nn.Sequential(conv_block(c_in, c_out, kernel=4, stride=2), residual))
         for level in (4, 3, 2, 1, 0):
             both = 2 * widths[level + 1]  # what comes from below, and the skip
             odd = (height >> level) % 2, (width >> level) % 2  # open: odd sizes are padded
-            up = nn.ConvTranspose2d(both, widths[level], 4, 2, 1, odd, bias=False)
-            norm = nn.BatchNorm2d(widths[level])
+            up = nn.ConvTranspose2d(
+                both, widths[level], kernel_size=4, stride=2, padding=1, output_padding=odd,
+                bias=False,
+            )  # fmt: skip
             residual = Residual(conv_block(both, both))
-            self.up.append(nn.Sequential(residual, up, norm, nn.CELU()))
-        # open: no convolution has a bias, and the last two neither norm nor CELU
+            self.up.append(nn.Sequential(residual, up, nn.BatchNorm2d(widths[level]), nn.CELU()))
         residual = Residual(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
         head = nn.Conv2d(channels, channels, 1, bias=False)
         self.last = nn.Sequential(conv_block(2 * widths[0], channels), residual, head)
 
     def forward(self, images):
+        # The channels in these comments are those of factor 1, rounded down sides those of Table 8.
         skips = [self.first(images)]  # (B, 80, H, W)
         for down in self.down:
             skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32)
@@ -813,17 +741,18 @@ GENERATORS = {
 }
 
 
-# =================================================================================================
-# Data: nothing below is needed to understand the model; notebooks and forks import it from here.
+# ==== Data: nothing below is needed to understand the model. Forks import it from here. ====
 
 import colorsys
 import gzip
 import hashlib
+import inspect
 import itertools
+import math
 import os
 import re
-from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -864,8 +793,8 @@ def draw_wall(number, size):
         np.sin(pace * u),  # waves
         2 * np.sin(pace * u) * np.sin(pace * v),  # checks
         np.sin(pace * np.hypot(x - random.uniform(), y - random.uniform())),  # rings
-        np.sin(pace * u + 2 * np.sin(pace * v / 2)),  # bent stripes
-        np.sin(pace * u) + np.sin(pace * v) + np.sin(pace * x),  # blobs
+        np.sin(pace * u + 2 * np.sin(pace * v / 2)),  # bent waves
+        np.sin(pace * u) + np.sin(pace * v) + np.sin(pace * x),  # crossed waves
     )
     hue = number / WALLS
     first = colorsys.hsv_to_rgb(hue, 0.45, 0.6)
@@ -890,7 +819,8 @@ def draw_scene(wall, random):
         shade = 0.8 - 0.25 * (dx + dy)  # lit from the upper left
         color = shade * draw_texture(u, v, random.choice(hues), random)
         outline = OUTLINES[random.integers(len(OUTLINES))]
-        cover = (0.5 - outline(u, v) * radius * size).clip(0, 1)  # an edge one pixel wide
+        pixels_outside = outline(u, v) * radius * size
+        cover = (0.5 - pixels_outside).clip(0, 1)  # an edge one pixel wide
         image = image + cover * (color - image)
         labels[cover > 0.5] = label
     return (image.clip(0, 1) * 255).round().astype(np.uint8), labels
@@ -926,7 +856,7 @@ def place_objects(count, random):
 
 # What an object is painted with and its outline, at a point (u, v).
 TEXTURES = (  # high in one tone, low in the other
-    lambda u, v: np.full_like(u, np.inf),  # plain
+    lambda u, v: np.full_like(u, np.inf),  # plain: the first tone everywhere
     lambda u, v: 4 * np.sin(5 * u),  # stripes
     lambda u, v: 8 * np.sin(5 * u) * np.sin(5 * v),  # checks
     lambda u, v: 10 * (np.hypot(u, v) - 0.5),  # a spot
@@ -934,9 +864,10 @@ TEXTURES = (  # high in one tone, low in the other
 CORNERS = (0.95, 0.0), (-0.475, 0.823), (-0.475, -0.823)
 OUTLINES = (  # distance from the edge, below 0 inside
     lambda u, v: np.hypot(u, v) - 0.95,  # disc
-    lambda u, v: np.sqrt(np.hypot(u * u, v * v)) - 0.9,  # square with round corners
+    lambda u, v: np.sqrt(np.hypot(u * u, v * v)) - 0.9,  # superellipse, a square with round corners
     lambda u, v: (np.hypot(u, v / 0.8) - 1) * 0.8,  # ellipse
-    lambda u, v: np.max([np.hypot(u - a, v - b) for a, b in CORNERS], axis=0) - 1.645,  # triangle
+    # A Reuleaux triangle, common to three discs around its corners.
+    lambda u, v: np.max([np.hypot(u - a, v - b) for a, b in CORNERS], axis=0) - 1.645,
 )
 
 
@@ -948,243 +879,40 @@ def draw_texture(u, v, hue, random):
     return blend(bright, dark, texture(u, v))
 
 
-# ---- Files: what is written is whole or not there, what fails says why ----
-
-
-@contextmanager
-def written_whole(path):
-    """A binary file to write, which becomes path once it is whole. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")  # processes that start together have their own
-    try:
-        # torch.save has a RuntimeError for a full disk.
-        with explained(f"{path} could not be written, is the disk full?", RuntimeError):
-            with open(temporary, "wb") as file:
-                yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def load_tensors(path):
-    """What torch.save wrote, mapped from the file. Raises OSError."""
-    with explained(f"{path} could not be read"):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+# ---- Image files ----
 
 
 def open_image(path, mask=False):
-    """An image as RGB, or a mask in its own mode, turned as its EXIF tag says."""
-    kinds = ["PNG"] if mask else ["PNG", "JPEG", "WEBP"]
-    wanted = " or ".join(kinds)
-    with explained(f"{path} is no readable {wanted}"), Image.open(path, formats=kinds) as image:
-        deep = ";16" in str(image.tile)  # the mode of RGB does not tell
+    """An image as RGB of 8 bits or a mask as it is, turned as its EXIF tag says. Raises OSError."""
+    try:
+        image = Image.open(path)
+        # The mode RGB does not tell that a file has 16 bits; the name of its raw data does.
+        deep = ";16" in str(image.tile) or image.mode[0] in "IF"
         image.load()
+    except Exception as error:  # Pillow has a dozen kinds, and few of them name the file
+        raise OSError(f"{path} is no readable image ({error})") from error
     with suppress(Exception):  # a malformed EXIF block turns nothing
         image = ImageOps.exif_transpose(image)
     if mask:
         return image
-    require(not deep, f"{path} has more than 8 bits per channel: scale its range to 8")
-    if "A" in image.getbands():
-        opaque = image.getchannel("A").getextrema()[0] == 255
-        require(opaque, f"{path} is transparent somewhere: lay it on a colour first")
+    if deep:
+        raise OSError(f"{path} has more than 8 bits per channel: scale its range to 8")
     return image.convert("RGB")
 
 
-MASK_RULE = "a mask is a single-channel PNG whose values are the labels, 0 the background"
-
-
-def read_labels(path, dataset="folder"):
-    """A label map (h, w), integers; in a folder, values are renumbered 1, 2, ... in their order."""
+def open_labels(path):
+    """A label map (h, w), the values of a single-channel PNG. Raises OSError."""
     image = open_image(path, mask=True)
-    if dataset == "shapestacks":
-        return np.array(image.getchannel(0)) // 32
-    require(image.mode in ("1", "L", "P", "I", "I;16"), f"{path} is {image.mode}: {MASK_RULE}")
-    labels = np.array(image)
-    return np.searchsorted(np.union1d(0, labels), labels) if dataset == "folder" else labels
+    if path.suffix.lower() != ".png" or len(image.getbands()) != 1:
+        raise OSError(f"{path} is no mask: use a single-channel PNG, whose values are the labels")
+    return np.array(image).astype(int)
 
 
-# ---- Readers: generators of (image, label map or None, part or "" to cut by index) ----
+def crop_box(size, height, width, crop=1.0):
+    """Box (left, top, right, bottom) of the largest centre crop to an aspect, times crop.
 
-
-def decoded(items, dataset):
-    """Open the files of (image path, mask path or None, part); name up to ten damaged ones."""
-    damaged = []
-    for path, mask, part in tqdm(items, "decoding", disable=None, leave=False):
-        try:
-            image = open_image(path)
-            labels = mask and read_labels(mask, dataset)
-        except OSError as error:
-            damaged.append(str(error))
-            require(len(damaged) < 10, "; ".join(damaged))
-            continue
-        fits = labels is None or labels.shape == image.size[::-1]
-        require(fits, f"{mask} and its image differ in size, turned as their EXIF tags say")
-        yield image, labels, part
-    require(not damaged, "; ".join(damaged))
-
-
-def list_files(folder):
-    """Files of a folder and below it, sorted; links are followed, hidden names passed over."""
-
-    def refuse(error):  # a folder that cannot be read
-        raise error
-
-    walk = os.walk(folder, followlinks=True, onerror=refuse)
-    paths = [Path(where, name).relative_to(folder) for where, _, names in walk for name in names]
-    paths = [folder / p for p in paths if not any(part[0] == "." for part in p.parts)]
-    once = len({os.path.realpath(path) for path in paths}) == len(paths)
-    require(once, f"{folder} shows a file twice: does a link lead in a circle?")
-    return sorted(paths)
-
-
-def most_common(words):
-    """The ten most frequent words and how often each is there, in a line."""
-    return ", ".join(f"{word} {n}" for word, n in Counter(words).most_common(10))
-
-
-def by_stem(folder, paths, kinds, notes):
-    """{sub-folder and stem: path} of the files of some kinds; a note says what was taken."""
-    taken = [path for path in paths if path.suffix.lower() in kinds]
-    rest = [path.suffix or path.name for path in paths if path.suffix.lower() not in kinds]
-    other = f"passed over {most_common(rest) or 'no file'}"
-    require(taken, f"{folder} has no file {', '.join(kinds)}, {other}")
-    folders = [str(path.relative_to(folder).parent) for path in taken]
-    notes.append(f"{len(taken)} files, by sub-folder {most_common(folders)}; {other}")
-    stems = {path.relative_to(folder).with_suffix(""): path for path in taken}
-    require(len(stems) == len(taken), f"{folder} has two files that differ only in their suffix")
-    return stems
-
-
-def read_folder(data, masks, notes):
-    """PNG, JPEG and WebP images; masks of the same sub-folder and stem in a folder of their own."""
-    files = [path for path in list_files(data) if not masks or masks not in path.parents]
-    images = by_stem(data, files, (".png", ".jpg", ".jpeg", ".webp"), notes)
-    test = list(images)[: tenth(len(images))]
-    notes.append(f"the test part is {test[0]} to {test[-1]}")
-    labels = by_stem(masks, list_files(masks), (".png",), notes) if masks else {}
-    for stem, path in images.items():
-        fits = not masks or stem in labels
-        require(fits, f"{path} has no mask {masks}/{stem}.png: {MASK_RULE}")
-    for stem, path in labels.items():
-        require(stem in images, f"{path} has no image {data}/{stem}")
-    yield from decoded([(path, labels.get(stem), "") for stem, path in images.items()], "folder")
-
-
-def read_clevrtex(data, masks, notes, variant):
-    """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
-    paths = {}
-    for path in list_files(data):
-        match = re.fullmatch(rf"CLEVRTEX_{variant}_(\d+)\.png", path.name)
-        if match:
-            paths.setdefault(int(match[1]), path)
-    if sorted(paths) != [*range(len(paths))]:
-        notes.append(f"warning: the numbers of {variant} have gaps, or do not begin with 0")
-    # open: outd is one test set; camo too has a test part, its first 10 %
-    part = "test" if variant == "outd" else ""
-    images = [paths[number] for number in sorted(paths)]
-    items = [(path, path.with_name(f"{path.stem}_flat.png"), part) for path in images]
-    yield from decoded(items, "clevrtex")
-
-
-def read_shapestacks(data, masks, notes):
-    """recordings/<scenario>/rgb-*.png and iseg/<scenario>/*.map, by splits/default/<part>.txt."""
-    items = []
-    for part, name in {"test": "test", "val": "eval", "train": "train"}.items():
-        for scenario in (data / f"splits/default/{name}.txt").read_text().split():
-            paths = sorted(data.glob(f"recordings/{scenario}/rgb-*-cam_*-mono-0.png"))
-            require(paths, f"{data}/recordings/{scenario} has no pictures, and {name}.txt lists it")
-            for path in paths:
-                camera = path.stem.split("-cam_")[1]
-                mask = data / "iseg" / scenario / f"iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
-                items.append((path, mask, part))
-    yield from decoded(items, "shapestacks")
-
-
-def read_tfrecords(data, masks, notes, name, shape, scenery):
-    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are scenery.
-
-    shape is (height, width, masks). A record is its length in 8 bytes, a checksum in 4, an
-    Example, a checksum in 4; checking is left to gzip.
+    size is (w, h) of an image.
     """
-    height, width, count = shape
-    path = data if data.is_file() else data / f"{name}.tfrecords"
-    with open(path, "rb") as file:
-        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    with opener(path, "rb") as file:
-        for number in tqdm(itertools.count(), "decoding", disable=None, leave=False):
-            with explained(f"{path}, record {number}, is damaged"):
-                head = file.read(12)
-                if not head:
-                    return
-                size = int.from_bytes(head[:8], "little")
-                record = file.read(min(size, 1 << 30) + 4)
-                require(len(record) == size + 4, "it is cut short, or no record")
-                image = example_bytes(record, b"image", (height, width, 3))
-                mask = example_bytes(record, b"mask", (count, height, width))
-            labels = (mask.argmax(0) - (scenery - 1)).clip(0)
-            yield Image.fromarray(image), labels, "test" if "_test_" in name else ""
-
-
-def example_bytes(example, name, shape):
-    """The bytes of a feature of a tf.train.Example, where each is an entry of its own."""
-    require(name in example, f"it has no {name.decode()}")
-    count = math.prod(shape)
-    # An entry is the tag 10, the length 1 and the byte. Between the name and the first entry stand
-    # only the tags and lengths of the feature and of its list, where 10, 1 does not occur.
-    start = example.find(b"\n\1", example.index(name))
-    end = start + 3 * count
-    entries = np.frombuffer(example[start:end], np.uint8)
-    whole = len(entries) == 3 * count and example[end : end + 2] != b"\n\1"  # and no entry more
-    whole = whole and (entries.reshape(-1, 3)[:, :2] == (10, 1)).all()
-    require(whole, f"{name.decode()} is not {count} entries of one byte")
-    return entries[2::3].reshape(shape)
-
-
-class DataSet(NamedTuple):
-    """How a data set is read."""
-
-    reader: Callable  # (data, masks, notes) -> generator of (image, label map or None, part)
-    crop: float = 1.0  # share of the largest centre crop that is kept
-    label_at: float = 0.5  # where in its cell a label is taken, 0.5 as Pillow does, 0 as PyTorch
-
-
-def textures(variant):
-    return DataSet(partial(read_clevrtex, variant=variant), crop=0.8)
-
-
-def rooms(name, masks):
-    name = f"objects_room_{name}"
-    return DataSet(partial(read_tfrecords, name=name, shape=(64, 64, masks), scenery=4))
-
-
-# open: CLEVR's first tenths by index, as the authors take them
-CLEVR = partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), scenery=1)
-
-# A fork's own data set is a line here: its reader yields the parts "test", "val" and "train" in
-# any order, or "" for all images, which are then cut by index. What it appends to notes is printed.
-DATASETS = {
-    "folder": DataSet(read_folder),
-    "clevr": DataSet(CLEVR, crop=0.8),
-    "clevrtex": textures("full"),
-    "outd": textures("outd"),
-    "camo": textures("camo"),
-    "pbg": textures("pbg"),
-    "vbg": textures("vbg"),
-    "grassbg": textures("grassbg"),
-    "objectsroom": rooms("train", 7),
-    "six_objects": rooms("test_six_objects", 10),
-    "identical_color": rooms("test_identical_color", 10),
-    "empty_room": rooms("test_empty_room", 4),
-    "shapestacks": DataSet(read_shapestacks, crop=196 / 224, label_at=0.0),
-}
-
-
-# ---- From files to tensors ----
-
-
-def centre_crop(size, height, width, crop=1.0):
-    """Box of the largest centre crop of an image of size (w, h) to an aspect, times crop."""
     w, h = size
     side_x = max(1, int(crop * min(w, h * width / height)))
     side_y = max(1, int(crop * min(h, w * height / width)))
@@ -1192,107 +920,239 @@ def centre_crop(size, height, width, crop=1.0):
     return left, top, left + side_x, top + side_y
 
 
-def crop_and_resize(image, labels, height, width, crop=1.0, label_at=0.5):
-    """Centre crop, then bilinear resize: (3, height, width) uint8, (height, width) or None."""
-    box = left, top, right, bottom = centre_crop(image.size, height, width, crop)
-    pixels = np.array(image.crop(box).resize((width, height), Image.Resampling.BILINEAR))
-    if labels is not None:
-        rows = top + ((np.arange(height) + label_at) * (bottom - top) / height).astype(int)
-        columns = left + ((np.arange(width) + label_at) * (right - left) / width).astype(int)
-        labels = labels[rows][:, columns]
-    return pixels.transpose(2, 0, 1), labels
+def to_model(image, height, width, crop=1.0):
+    """A Pillow image as the model takes it: centre crop, bilinear resize -> (3, H, W), uint8.
+
+    Training, evaluation and `train.py segment` pass here; divided by 255 it is in [0, 1].
+    """
+    image = image.crop(crop_box(image.size, height, width, crop))
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).movedim(2, 0)
 
 
-PARTS = ("test", "val", "train")
+def labels_to_model(labels, height, width, crop=1.0, label_at=0.5):
+    """A label map (h, w) of an image as the same crop: (H, W). Labels are picked, never mixed."""
+    left, top, right, bottom = crop_box(labels.shape[::-1], height, width, crop)
+    rows = top + ((np.arange(height) + label_at) * (bottom - top) / height).astype(int)
+    columns = left + ((np.arange(width) + label_at) * (right - left) / width).astype(int)
+    return labels[rows][:, columns]
 
 
-def tenth(count):
-    """Size of the test part, and of the validation part, where images come without parts."""
-    return min(10_000, max(1, count // 10))  # 10 000 of ObjectsRoom
+def labels_to_image(labels, size, crop=1.0):
+    """The model's labels (H, W) on an image of size (w, h): (h, w), uint8, 0 around the crop."""
+    left, top, right, bottom = crop_box(size, *labels.shape, crop)
+    labels = Image.fromarray(labels.byte().cpu().numpy())
+    labels = labels.resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    whole = np.zeros(size[::-1], np.uint8)
+    whole[top:bottom, left:right] = labels
+    return whole
 
 
-def prepare(dataset, data, masks, height, width):
-    """Decode a data set -> a dictionary of its tensors, the sizes of its parts, what was taken."""
+# ---- Readers: generators of (image, label map or None, part or "" to cut by order) ----
+
+
+def list_files(folder, suffixes=None):
+    """Files of a folder and below it, sorted. Hidden names and links to folders are passed over."""
+
+    def refuse(error):  # a folder that cannot be read
+        raise error
+
+    files = []
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if not suffixes or path.suffix.lower() in suffixes)
+
+
+def part_of(name):
+    """The part of an image of a folder: its first sub-folder, or else a hash of its name.
+
+    So an image stays in its part when others are added. The hash puts a tenth into test and val.
+    """
+    if name.parts[0] in ("train", "val", "test"):
+        return name.parts[0]
+    number = int(hashlib.sha1(os.fsencode(name.as_posix())).hexdigest(), 16)
+    return {0: "test", 1: "val"}.get(number % 10, "train")
+
+
+def read_folder(data, masks=None):
+    """PNG, JPEG and WebP images; masks of the same sub-folder and name in a folder of their own."""
+    for path in list_files(data, (".png", ".jpg", ".jpeg", ".webp")):
+        if masks and masks in path.parents:
+            continue
+        name = path.relative_to(data)
+        labels = None
+        if masks:
+            labels = open_labels(masks / name.with_suffix(".png"))
+            labels = np.searchsorted(np.union1d(0, labels), labels)  # renumbered 1, 2, ...
+        yield open_image(path), labels, part_of(name)
+
+
+def read_clevrtex(data, variant):
+    """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
+    # open: outd is one test set; camo too has a test part, its first 10 %
+    part = "test" if variant == "outd" else ""
+    pattern = rf"CLEVRTEX_{variant}_\d+\.png"
+    paths = [path for path in list_files(data, (".png",)) if re.fullmatch(pattern, path.name)]
+    for path in sorted(paths, key=lambda path: path.name):
+        yield open_image(path), open_labels(path.with_name(f"{path.stem}_flat.png")), part
+
+
+def read_shapestacks(data):
+    """recordings/<scenario>/rgb-*.png and iseg/<scenario>/*.map, by splits/default/<part>.txt."""
+    for part, name in {"test": "test", "val": "eval", "train": "train"}.items():
+        for scenario in (data / f"splits/default/{name}.txt").read_text().split():
+            for path in list_files(data / f"recordings/{scenario}", (".png",)):
+                if path.name.startswith("rgb-") and path.name.endswith("-mono-0.png"):
+                    camera = path.stem.split("-cam_")[1]
+                    mask = f"iseg/{scenario}/iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
+                    labels = np.array(open_image(data / mask, mask=True).getchannel(0)) // 32
+                    yield open_image(path), labels, part
+
+
+def read_tfrecords(data, name, shape, scenery):
+    """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are scenery.
+
+    shape is (height, width, masks). A record is its length in 8 bytes, a checksum in 4, an
+    Example, a checksum in 4. The checksums are not looked at.
+    """
+    height, width, count = shape
+    path = data if data.is_file() else data / f"{name}.tfrecords"
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as file:
+        for number in itertools.count():
+            head = file.read(12)
+            if not head:
+                return
+            size = int.from_bytes(head[:8], "little")
+            record = file.read(min(size, 1 << 30) + 4)
+            if len(record) != size + 4:
+                raise OSError(f"{path}, record {number}, is cut short")
+            where = f"{path}, record {number}"
+            image = example_bytes(record, b"image", (height, width, 3), where)
+            mask = example_bytes(record, b"mask", (count, height, width), where)
+            labels = (mask.argmax(0) - (scenery - 1)).clip(0)
+            yield Image.fromarray(image), labels, ""
+
+
+def example_bytes(example, name, shape, where):
+    """The feature of a tf.train.Example that has an entry for each byte. Raises OSError.
+
+    An entry is the bytes 10 and 1, its tag and length, and then the byte itself. The entries follow
+    each other; between the name and the first one stands no 10, 1.
+    """
+    count = math.prod(shape)
+    start = example.find(b"\n\1", example.find(name))
+    entries = np.frombuffer(example[max(0, start) : start + 3 * count], np.uint8)
+    if len(entries) != 3 * count or (entries.reshape(-1, 3)[:, :2] != (10, 1)).any():
+        raise OSError(f"{where}, has no {name.decode()} of {count} entries of one byte")
+    return entries[2::3].reshape(shape)
+
+
+class DataSet(NamedTuple):
+    """How a data set is read."""
+
+    reader: Callable  # of a path, and of a path of masks if --masks are given
+    crop: float = 1.0  # share of the largest centre crop that is kept
+    label_at: float = 0.5  # where in its cell a label is taken, 0.5 as Pillow does, 0 as PyTorch
+
+
+# A fork's own data set is a line here. Its reader yields the parts "test", "val" and "train" in any
+# order, or "" for all images, which are then cut by order.
+DATASETS = {
+    "folder": DataSet(read_folder),
+    # open: CLEVR's first tenths, as the authors take them
+    "clevr": DataSet(
+        partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), scenery=1),
+        crop=0.8,
+    ),
+    "clevrtex": DataSet(partial(read_clevrtex, variant="full"), crop=0.8),
+    "outd": DataSet(partial(read_clevrtex, variant="outd"), crop=0.8),
+    "camo": DataSet(partial(read_clevrtex, variant="camo"), crop=0.8),
+    "objectsroom": DataSet(
+        partial(read_tfrecords, name="objects_room_train", shape=(64, 64, 7), scenery=4)
+    ),
+    "shapestacks": DataSet(read_shapestacks, crop=196 / 224, label_at=0.0),
+}
+
+
+# ---- From files to tensors ----
+
+
+def decode(dataset, data, masks, height, width):
+    """The parts of a data set, (images, labels or None) by name, from its files."""
     reader, crop, label_at = DATASETS[dataset]
-    notes, parts = [], []
-    images, maps = bytearray(), bytearray()  # millions of images hardly fit twice
-    for image, labels, part in reader(data, masks, notes):
-        pixels, labels = crop_and_resize(image, labels, height, width, crop, label_at)
-        images += pixels.tobytes()
-        parts.append(part)
+    found = {}  # part -> bytes of its images, bytes of its label maps
+    items = reader(data, masks) if masks else reader(data)
+    for image, labels, part in tqdm(items, "decoding", disable=None, leave=False):
+        images, maps = found.setdefault(part, (bytearray(), bytearray()))
+        images += to_model(image, height, width, crop).numpy().tobytes()
         if labels is not None:
-            low, high = labels.min(), labels.max()
-            fits = 0 <= low and high <= 255
-            require(fits, f"image {len(parts)} has labels {low}..{high}, not 0..255: soft edges?")
-            maps += labels.astype(np.uint8).tobytes()
-    number = len(parts)
-    require(number > 2, f"{data} holds {number} images of {dataset}: three parts need three")
-    images = np.frombuffer(images, np.uint8).reshape(-1, 3, height, width)
-    maps = np.frombuffer(maps, np.uint8).reshape(-1, height, width)
-    require(len(maps) in (0, number), f"{data} has {len(maps)} label maps for {number} images")
-    if set(parts) == {""}:
-        n = tenth(number)
-        parts = ["test"] * n + ["val"] * n + ["train"] * (number - 2 * n)
-    unknown = set(parts) - set(PARTS)
-    require(not unknown, f"{dataset} yields parts {unknown}: use {PARTS}, or '' for all images")
-    order = sorted(range(number), key=lambda n: PARTS.index(parts[n]))
-    if order != [*range(number)]:
-        images = images[order]
-        maps = maps[order] if len(maps) else maps
-    taken = f"{dataset} {data}: {number} images, mean brightness {images.mean() / 255:.2f}"
-    objects = [0]
-    if len(maps):
-        objects = [np.unique(labels[labels > 0]).size for labels in maps]
-        empty = (maps == 0).mean()
-        fits = 0 < empty < 1 or dataset != "folder"  # a published set may have no object
-        require(fits, f"{masks}: {empty:.0%} of the pixels are background")
-        taken += f", {min(objects)}..{max(objects)} labels each, background {empty:.0%}"
-    return {
-        "images": torch.from_numpy(images),
-        "labels": torch.from_numpy(maps) if len(maps) else None,
-        "sizes": [parts.count(part) for part in PARTS],
-        "most": max(objects),
-        "taken": "\n".join([taken, *notes]),
-    }
+            bytes_ = labels.astype(np.uint8)
+            if labels.shape != image.size[::-1] or (bytes_ != labels).any():
+                seen = f"{labels.shape} up to {labels.max()} for an image {image.size[::-1]}"
+                raise ValueError(f"{data}: a label map is {seen}: use its size, and labels 0..255")
+            maps += labels_to_model(bytes_, height, width, crop, label_at).tobytes()
+    parts = {}
+    for part, (images, maps) in found.items():
+        images = torch.frombuffer(images, dtype=torch.uint8).view(-1, 3, height, width)
+        labels = torch.frombuffer(maps, dtype=torch.uint8).view(-1, height, width) if maps else None
+        if maps and len(labels) != len(images):
+            raise ValueError(f"{data} has {len(labels)} label maps for {len(images)} images")
+        parts[part] = images, labels
+    if "" not in parts:
+        return parts
+    images, labels = parts[""]
+    tenth = min(10_000, max(1, len(images) // 10))  # 10 000 of ObjectsRoom
+    sizes = [tenth, tenth, len(images) - 2 * tenth]
+    label_parts = [None] * 3 if labels is None else labels.split(sizes)
+    return dict(zip(("test", "val", "train"), zip(images.split(sizes), label_parts)))
 
 
-CACHE_FORMAT = 3  # with another number everything is decoded anew
+def save_whole(value, path):
+    """torch.save to a file that is whole or not there, even if the process is killed."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # runs that start together have their own
+    try:
+        torch.save(value, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def cache_key(*settings):
-    """A name for some settings and, by size and time of change, the files of paths among them."""
-    key = hashlib.sha1(repr((CACHE_FORMAT, *settings)).encode())
-    for path in settings:
-        if isinstance(path, Path):
-            for file in list_files(path) if path.is_dir() else [path]:
-                about = file.stat()
-                key.update(os.fsencode(f"{file} {about.st_size} {about.st_mtime_ns}"))
+def cache_key(dataset, *settings):
+    """A name for settings and all that they stand for: the reader's source, files and their age."""
+    reader = DATASETS[dataset].reader
+    reader = getattr(reader, "func", reader)  # the function of a partial
+    key = hashlib.sha1(repr((DATASETS[dataset][1:], inspect.getsource(reader), settings)).encode())
+    for folder in (path for path in settings if isinstance(path, Path)):
+        for path in [folder] if folder.is_file() else list_files(folder):
+            with suppress(OSError):  # a link that leads nowhere
+                about = path.stat()
+                key.update(repr((path, about.st_size, about.st_mtime_ns)).encode())
     return key.hexdigest()[:12]
 
 
-def load_dataset(dataset, data, masks, height, width, slots=255, cache="cache"):
-    """The parts "test", "val", "train" and "all" of a data set, Images each, mapped from a cache.
+def load_dataset(dataset, data, masks, height, width, cache="cache"):
+    """The parts "test", "val" and "train" of a data set, Images each, mapped from a cache.
 
-    The first call decodes it, and so does one after a change of its files; every call prints what
-    was taken. slots is K, to warn of soft edges.
+    The first call decodes the files, and so does one after a change of files or reader.
     """
-    fits = not masks or dataset == "folder"
-    require(fits, f"--masks belong to the images of a folder, not to {dataset}")
-    data, masks = (Path(os.path.abspath(path)) if path else None for path in (data, masks))
-    settings = dataset, data, masks, height, width
+    if dataset not in DATASETS:
+        raise ValueError(f"no data set is registered as {dataset!r}: {[*DATASETS]}")
+    settings = dataset, Path(data), Path(masks) if masks else None, height, width
     path = Path(cache, f"{dataset}-{height}x{width}-{cache_key(*settings)}.pt")
+    source = f"from the cache {path}"
     if not path.exists():
-        with written_whole(path) as file:  # first of all: a full or closed folder is found out here
-            torch.save(prepare(*settings), file)
-    found = load_tensors(path)
-    print(f"{found['taken']}\ncached in {path}")
-    if found["most"] > 4 * slots:
-        print(f"warning: up to {found['most']} labels per image for {slots} slots: soft edges?")
-    images = found["images"]
-    labels = found["labels"]
-    sizes = found["sizes"]
-    parts = {"all": Images(images, labels)}
-    label_parts = [None] * len(PARTS) if labels is None else labels.split(sizes)
-    for name, *pair in zip(PARTS, images.split(sizes), label_parts):
-        parts[name] = Images(*pair)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(decode(*settings), path)
+        source = f"decoded into {path}"
+    parts = {name: Images(*part) for name, part in torch.load(path, mmap=True).items()}
+    counts = ", ".join(f"{len(part.images)} {name}" for name, part in parts.items())
+    line = f"{dataset} {data}: {counts} images"
+    maps = [part.labels for part in parts.values() if part.labels is not None]
+    if maps:
+        background = torch.cat([(m[:1000] == 0).flatten() for m in maps]).float().mean()
+        line += f", up to {max(m.max() for m in maps)} objects, {background:.0%} background"
+    print(f"{line}, {source}")
     return parts
