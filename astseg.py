@@ -34,13 +34,13 @@ feature map. One batch, from images to loss:
     section 4.2.1, (19)-(22)   reconstruction_loss, pixel_entropy_loss, quadratic_warmup, full_loss
     Table 6, Figure 1          Config, Output, ASTSeg
     sections 4.1, 4.2.2, [38]  BackgroundAutoencoder, robust_background_loss
-    section 5.1                mean_iou, adjusted_rand_index, segmentation_covering
+    section 5.1                mean_iou, adjusted_rand_index, segmentation_covering, METRICS
     Table 8                    UNetGenerator, GENERATORS
 
-Equations (2), (3) and (5)-(9) are the theory of section 2: the notebook checks them. Colours, masks
-and attention lie in [0, 1]. Positions are (x, y); tensors are indexed [row, column], so that the
-paper's (i, j) is [j, i]. Label 0 is the background, label k is slot k. "# open:" marks a choice
-that the paper leaves open, "# differs:" what we do otherwise; the reason stands at the line.
+Equations (2), (3) and (5)-(9) are in the notebook. Colours, masks and attention lie in [0, 1].
+Positions are (x, y); tensors are indexed [row, column], so that the paper's (i, j) is [j, i]. Label
+0 is the background, label k is slot k. "# open:" marks a choice that the paper leaves open,
+"# differs:" what we do otherwise; the reason stands at the line.
 """
 
 from dataclasses import dataclass
@@ -425,7 +425,7 @@ class ASTSeg(
             log_alpha_0=config.log_alpha_0, per_pixel=config.alpha_0_per_pixel,
         )  # fmt: skip
         self.background = BackgroundAutoencoder(
-            *size, kind=config.background_kind, factor=config.background_width
+            *size, config.background_kind, config.background_width
         )
         self.seen_images = False
 
@@ -457,17 +457,13 @@ class ASTSeg(
         # The weights do not depend on the background image (section 4.1): any will do.
         return self(images, background=images).weights.argmax(1)
 
-    @property
-    def device(self):
-        return self.renderer.log_alpha_0.device
-
     def check_images(self, images):
         """Raise ValueError for what is no image. In training, values are looked at once."""
         size = 3, self.config.height, self.config.width
-        is_tensor = isinstance(images, Tensor)
-        if not is_tensor or images.shape[1:] != size or images.dtype.itemsize < 4:
-            seen = f"{images.dtype} {tuple(images.shape)}" if is_tensor else type(images)
-            raise ValueError(f"images are {seen}: give a float32 tensor, B images of {size}")
+        shape = getattr(images, "shape", ())
+        dtype = getattr(images, "dtype", type(images))
+        if shape[1:] != size or dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"images are {dtype} {tuple(shape)}: use float32 (B, *{size})")
         if torch.compiler.is_compiling() or (self.training and self.seen_images):
             return
         low, high = images.aminmax()
@@ -618,6 +614,8 @@ def contingency_tables(target, predicted, slots):
     Rows are target labels, columns predicted ones, 0 to n - 1 on both sides. n is K + 1, or more
     where an image has more objects.
     """
+    if target.is_floating_point() or predicted.is_floating_point():
+        raise ValueError("labels are floating-point numbers: use integers")
     target = target.cpu().long()
     predicted = predicted.cpu().long()
     n = 1 + max(slots, target.max().item(), predicted.max().item())
@@ -631,8 +629,8 @@ def iou_matrix(table):
     return table / union.clamp(min=1)
 
 
-def mean_iou(table):
-    """mIoU with and without the background pair, after a Hungarian matching: (n, n) -> two numbers.
+def mean_iou(table, background=True):
+    """mIoU, or without the background pair mIoU-FG, after a Hungarian matching: (n, n) -> a number.
 
     It is the sum of the matched IoUs over the number of matched pairs of which at least one side is
     in the image: so the authors' code has it. Section 5.1 says "same definitions as [29]", whose
@@ -643,10 +641,11 @@ def mean_iou(table):
     rows, columns = linear_sum_assignment(iou.numpy(), maximize=True)  # rows is 0, 1, ..., n - 1
     matched = iou[rows, columns]  # (n,)
     counted = (table.sum(1)[rows] > 0) | (table.sum(0)[columns] > 0)  # (n,)
-    with_background = matched.sum() / counted.sum()
-    if not counted[1:].any():  # open: nothing to be found and nothing found counts 1
-        return with_background.item(), 1.0
-    return with_background.item(), (matched[1:].sum() / counted[1:].sum()).item()
+    if not background:
+        matched, counted = matched[1:], counted[1:]
+    if not counted.any():  # open: nothing to be found and nothing found counts 1
+        return 1.0
+    return (matched.sum() / counted.sum()).item()
 
 
 def adjusted_rand_index(table):
@@ -674,6 +673,14 @@ def segmentation_covering(table):
     is_there = table[1:].sum(1) > 0  # (n - 1,), for each object's label
     best = iou_matrix(table)[1:].amax(1)[is_there]  # one number for each object
     return best.mean().item() if len(best) else 0.0  # open: an image without objects counts 0
+
+
+METRICS = {
+    "mIoU": mean_iou,
+    "mIoU-FG": lambda table: mean_iou(table, background=False),
+    "ARI-FG": adjusted_rand_index,
+    "MSC-FG": segmentation_covering,
+}
 
 
 # ---- Table 8: the U-Net of the ablation study, another feature map generator ----
@@ -751,6 +758,7 @@ import itertools
 import math
 import os
 import re
+from collections import Counter
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -885,7 +893,7 @@ def draw_texture(u, v, hue, random):
 def open_image(path, mask=False):
     """An image as RGB of 8 bits or a mask as it is, turned as its EXIF tag says. Raises OSError."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=("PNG",) if mask else None)
         # The mode RGB does not tell that a file has 16 bits; the name of its raw data does.
         deep = ";16" in str(image.tile) or image.mode[0] in "IF"
         image.load()
@@ -897,13 +905,15 @@ def open_image(path, mask=False):
         return image
     if deep:
         raise OSError(f"{path} has more than 8 bits per channel: scale its range to 8")
+    if image.getbands()[-1] == "A" and image.getchannel("A").getextrema()[0] < 255:
+        raise OSError(f"{path} is transparent somewhere: lay it on a colour first")
     return image.convert("RGB")
 
 
 def open_labels(path):
-    """A label map (h, w), the values of a single-channel PNG. Raises OSError."""
+    """A label map (h, w), integers: the values of a single-channel PNG. Raises OSError."""
     image = open_image(path, mask=True)
-    if path.suffix.lower() != ".png" or len(image.getbands()) != 1:
+    if len(image.getbands()) != 1:
         raise OSError(f"{path} is no mask: use a single-channel PNG, whose values are the labels")
     return np.array(image).astype(int)
 
@@ -977,15 +987,18 @@ def part_of(name):
 
 def read_folder(data, masks=None):
     """PNG, JPEG and WebP images; masks of the same sub-folder and name in a folder of their own."""
-    for path in list_files(data, (".png", ".jpg", ".jpeg", ".webp")):
-        if masks and masks in path.parents:
-            continue
-        name = path.relative_to(data)
+    paths = list_files(data, (".png", ".jpg", ".jpeg", ".webp"))
+    names = [path.relative_to(data) for path in paths if masks not in path.parents]
+    folders = Counter(name.parent.as_posix() for name in names)
+    print(f"{data}: images by sub-folder:", ", ".join(f"{f} {n}" for f, n in folders.items()))
+    if masks and len({name.with_suffix("") for name in names}) < len(names):
+        raise ValueError(f"{data} has two images that differ only in their suffix, and one mask")
+    for name in names:
         labels = None
         if masks:
             labels = open_labels(masks / name.with_suffix(".png"))
             labels = np.searchsorted(np.union1d(0, labels), labels)  # renumbered 1, 2, ...
-        yield open_image(path), labels, part_of(name)
+        yield open_image(data / name), labels, part_of(name)
 
 
 def read_clevrtex(data, variant):

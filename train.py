@@ -15,7 +15,6 @@ import colorsys
 import gc
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -160,10 +159,13 @@ PRESETS = {  # the last four are the paper's (section 5.1)
 
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
+    print(f"{t.dataset} {t.data} on {t.device}, output: {t.output}")
+    if t.background_steps < t.background_warmup or t.steps < max(t.warmup, t.entropy_warmup):
+        print("warning: a warm-up is longer than its phase, and never reaches its full value")
     state = load_checkpoint(t)
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
-    if t.device == "cuda" and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
+    if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds and model want room too
     model = build_model(t, state)
     update = state["update"]  # counts through all phases
@@ -181,6 +183,7 @@ def train(t: Training):
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         losses = []
         row_began = time.perf_counter()
+        model.train()
         for step in range(first, stop):
             # All that is random in a step follows from its number, so that a run that was killed
             # goes on as if it had not been.
@@ -193,10 +196,8 @@ def train(t: Training):
             lr = learning_rate(phase, step, t)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
-            model.train()
-            losses.append(
-                training_step(network, optimizer, phase, step, batch_images, background, t)
-            )
+            terms = training_step(network, optimizer, phase, step, batch_images, background, t)
+            losses.append(terms)
             update += 1
 
             # From here on: log, evaluate, draw, save.
@@ -205,22 +206,23 @@ def train(t: Training):
             if not save_now and done % t.log_every:
                 continue
             row = dict(phase=phase, step=done, update=update, lr=lr)
-            for name in losses[0]:
+            for name in terms:
                 row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
             if not math.isfinite(row["loss"]):
-                raise ValueError(f"the loss is {row['loss']}: start again with a lower --lr")
+                raise ValueError(f"the loss is {row['loss']} in phase {phase}: lower its rate")
             pace = len(losses) / (time.perf_counter() - row_began)  # steps per second
             row |= {"images/s": pace * batch, "left": (stop - done) / pace}
+            if save_now and phase != "background":
+                row |= evaluate(model, evenly_spaced(val, 200))
+            write_row(row, t)
             if save_now:
-                if phase != "background":
-                    row |= evaluate(model, evenly_spaced(val, 200))
                 draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
                 seconds = time.perf_counter() - run_began
                 place = dict(phase=number, step=done, update=update, seconds=seconds)
                 save_checkpoint(model, optimizer, place, t)
-            write_row(row, t)
             losses = []
             row_began = time.perf_counter()
+            model.train()
     return write_results(model, test, time.perf_counter() - run_began, t)
 
 
@@ -310,11 +312,18 @@ def load_data(t: Training, *names):
         return [astseg.draw_shapes(*counts_seeds[name], t.height) for name in names]
     if not t.data:
         raise ValueError(f"{t.dataset} is read from files: name them by --data")
+    if Path(t.data).resolve() in Path(t.output).resolve().parents:
+        raise ValueError(f"{t.output} is inside the data: its pictures would join them")
     parts = astseg.load_dataset(t.dataset, t.data, t.masks, t.height, t.width, t.cache)
     if not parts.keys() >= set(names):
         way = "add images, or sort them into sub-folders train, val and test"
         raise ValueError(f"{t.data} has the parts {[*parts]}, not all of {[*names]}: {way}")
     return [parts[name] for name in names]
+
+
+def as_input(images, model):
+    """Images as bytes -> in [0, 1], on the device of the model."""
+    return images.to(next(model.parameters()).device) / 255
 
 
 def evenly_spaced(data, count):
@@ -330,7 +339,7 @@ def memorise_backgrounds(model, images):
     model.eval()
     memory = torch.empty_like(images)
     for chunk, target in zip(images.split(100), memory.split(100)):
-        background, _ = model.background(chunk.to(model.device) / 255)
+        background, _ = model.background(as_input(chunk, model))
         target.copy_((background * 255).round())
     return memory
 
@@ -422,19 +431,19 @@ def load_checkpoint(t: Training):
     if t.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
     folder = Path(t.output)
-    if not (folder / "settings.json").exists():
+    if not (folder / "checkpoint.pt").exists():
         (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that never saved
         return dict(phase=0, update=0, seconds=0.0)
-    saved = json.loads((folder / "settings.json").read_text())
-    wanted = json.loads(json.dumps(asdict(t)))
+    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    saved = state["settings"]
+    wanted = asdict(t)
     other = [name for name in wanted if wanted[name] != saved.get(name) and name not in MAY_DIFFER]
     if other or t.steps < saved["steps"]:
         changed = ", ".join(f"{name} {saved.get(name)}" for name in other or ["steps"])
         raise ValueError(f"{folder} holds a run of {changed}: name another --output")
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
     kept = [row for row in rows if json.loads(row)["update"] <= state["update"]]
-    (folder / "log.jsonl").write_text("".join(kept))
+    (folder / "log.jsonl").write_text("".join(kept))  # the others will come again
     print(f"{folder}: goes on after {state['update']} updates")
     return state
 
@@ -443,6 +452,7 @@ def save_checkpoint(model, optimizer, place, t: Training):
     """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
     folder = Path(t.output)
     state = place | dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    state["settings"] = asdict(t)
     astseg.save_whole(state, folder / "checkpoint.pt")
     model.save_pretrained(folder / "model")
     # safetensors lets nobody else read its file.
@@ -467,9 +477,6 @@ def write_row(row, t: Training):
 
 # ---- Evaluation (section 5.1) ----
 
-# Name of a metric -> its factor in the table.
-METRICS = {"mIoU": 100, "mIoU-FG": 100, "ARI-FG": 100, "MSC-FG": 100, "MSE": 1}
-
 
 @torch.no_grad()
 def evaluate(model, data):
@@ -478,7 +485,7 @@ def evaluate(model, data):
     slots = model.config.slots
     chunks = []
     for index in torch.arange(len(data.images)).split(50):
-        images = data.images[index].to(model.device) / 255
+        images = as_input(data.images[index], model)
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         shown = F.one_hot(labels, slots + 1).amax((1, 2))  # (B, K + 1), 1 for labels with a pixel
@@ -493,9 +500,8 @@ def evaluate(model, data):
         }
         if data.labels is not None:
             tables = astseg.contingency_tables(data.labels[index], labels, slots)
-            chunk["mIoU"], chunk["mIoU-FG"] = torch.tensor([*map(astseg.mean_iou, tables)]).T
-            chunk["ARI-FG"] = torch.tensor([*map(astseg.adjusted_rand_index, tables)])
-            chunk["MSC-FG"] = torch.tensor([*map(astseg.segmentation_covering, tables)])
+            for name, metric in astseg.METRICS.items():
+                chunk[name] = torch.tensor([metric(table) for table in tables], dtype=torch.float64)
         chunks.append(chunk)
     columns = {name: torch.cat([c[name].cpu().double() for c in chunks]) for name in chunks[0]}
     return {name: column.mean().item() for name, column in columns.items()}
@@ -503,9 +509,9 @@ def evaluate(model, data):
 
 def print_table(rows):
     """Rows (name, metrics) as in Table 1, in per cent but for the MSE."""
-    print(f"\n{'':20}" + "".join(f"{name:>10}" for name in METRICS))
+    print(f"\n{'':20}" + "".join(f"{name:>10}" for name in (*astseg.METRICS, "MSE")))
     for name, row in rows:
-        cells = (factor * row.get(metric, math.nan) for metric, factor in METRICS.items())
+        cells = [100 * row.get(metric, math.nan) for metric in astseg.METRICS] + [row["MSE"]]
         print(f"{name:20}" + "".join(f"{cell:10.2f}" for cell in cells))
 
 
@@ -515,8 +521,7 @@ def write_results(model, test, seconds, t: Training):
     metrics = evaluate(model, test)
     print_table([(f"AST-Seg, seed {t.seed}", metrics)])
     print(f"{folder}: {len(test.images)} test images, {seconds:.0f} s in all")
-    results = {name: metrics[name] for name in METRICS if name in metrics}
-    results |= dict(images=len(test.images), seconds=round(seconds), seed=t.seed)
+    results = metrics | dict(images=len(test.images), seconds=round(seconds), seed=t.seed)
     (folder / "metrics.json").write_text(json.dumps(results, indent=1))
     draw(t, "segmentation.png", figure_2, model, evenly_spaced(test, 10))
     draw(t, "slots.png", slot_rows, model, evenly_spaced(test, 3))
@@ -537,7 +542,7 @@ PALETTE = torch.tensor([(0, 0, 0), *HUES])  # (256, 3), 0 is the background
 @torch.no_grad()
 def figure_2(model, data):
     """Rows of pictures as in Figure 2: {name: (N, 3, H, W)}."""
-    images = data.images.to(model.device) / 255
+    images = as_input(data.images, model)
     output = model.eval()(images)
     rows = {"input": images}
     if data.labels is not None:
@@ -549,12 +554,12 @@ def figure_2(model, data):
 @torch.no_grad()
 def slot_rows(model, data):
     """Attention, glimpse and layer of each slot of each image, beside what they make up."""
-    images = data.images.to(model.device) / 255
+    images = as_input(data.images, model)
     size = images.shape[2:]
     out = model.eval()(images)
-    x, y = astseg.normalized_coordinates(*size, model.device)
+    x, y = astseg.normalized_coordinates(*size, images.device)
     pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, H, W)
-    red = torch.tensor([1.0, 0, 0], device=model.device).view(3, 1, 1)
+    red = torch.tensor([1.0, 0, 0], device=images.device).view(3, 1, 1)
     rows = {}
     for b in range(len(images)):
         attention = out.attention[b, :, None]  # (K, 1, h, w)
@@ -612,9 +617,9 @@ def evaluate_runs(command: Evaluate):
         (test,) = load_data(settings, "test")
         rows.append((folder.name, evaluate(model, test)))
     if len(rows) > 1:
-        table = {m: [row[m] for _, row in rows if m in row] for m in METRICS}
-        rows.append(("mean", {m: np.mean(column) for m, column in table.items()}))
-        rows.append(("deviation", {m: np.std(column, ddof=1) for m, column in table.items()}))
+        columns = {name: [metrics[name] for _, metrics in rows] for name in rows[0][1]}
+        rows.append(("mean", {name: np.mean(column) for name, column in columns.items()}))
+        rows.append(("deviation", {name: np.std(c, ddof=1) for name, c in columns.items()}))
     print_table(rows)
 
 
@@ -646,7 +651,7 @@ def segment_files(command: Segment):
     for path in command.images:
         image = astseg.open_image(path)
         pixels = astseg.to_model(image, model.config.height, model.config.width, crop)
-        labels = model.segment(pixels[None].to(model.device) / 255)[0]
+        labels = model.segment(as_input(pixels[None], model))[0]
         picture = Image.fromarray(astseg.labels_to_image(labels, image.size, crop)).convert("P")
         picture.putpalette((PALETTE * 255).byte().flatten().tolist())
         opacity = picture.point(lambda label: 128 * (label > 0), "L")
