@@ -37,10 +37,11 @@ feature map. One batch, from images to loss:
     section 5.1                mean_iou, adjusted_rand_index, segmentation_covering, METRICS
     Table 8                    UNetGenerator, GENERATORS
 
-Equations (2), (3) and (5)-(9) are in the notebook. Colours, masks and attention lie in [0, 1].
-Positions are (x, y); tensors are indexed [row, column], so that the paper's (i, j) is [j, i]. Label
-0 is the background, label k is slot k. "# open:" marks a choice that the paper leaves open,
-"# differs:" what we do otherwise; the reason stands at the line.
+Equations (2), (3) and (5)-(9) are in equivariance_proof.ipynb; phases, optimiser and rates of the
+training (sections 4.2.2, 5.1) are in train.py. Colours, masks and attention lie in [0, 1].
+Positions are (x, y); tensors are indexed [row, column], so that the paper's (i, j) is [j, i]. Label 0 is the
+background, label k is slot k, whose index among K slots is k - 1. "# open:" marks a choice that the
+paper leaves open, "# differs:" what we do otherwise than the paper.
 """
 
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation, Segf
 def translate(phi, u, v):
     """Shift maps (..., H, W) by u columns and v rows; what leaves the window is lost."""
     height, width = phi.shape[-2:]
-    u = max(-width, min(u, width))  # further than the window there is nothing to shift in
+    u = max(-width, min(u, width))  # a shift by more than the window empties it as well
     v = max(-height, min(v, height))
     return F.pad(phi, (u, -u, v, -v))  # eq. (1); a negative padding crops
 
@@ -85,7 +86,7 @@ def spatial_softmax(logits):
 
 
 def soft_argmax(logits, x=None, y=None):
-    """Differentiable position of each map's maximum: (..., h, w) -> (..., 2), (x, y)."""
+    """Differentiable estimate of where each map is largest: (..., h, w) -> (..., 2), (x, y)."""
     return center_of_mass(spatial_softmax(logits), x, y)  # eq. (10)
 
 
@@ -120,10 +121,11 @@ class SegformerGenerator(nn.Module):
         self.network = SegformerForSemanticSegmentation(config)
 
     def load_backbone(self, source):
-        """Take the backbone of a hub model (nvidia/mit-b3) or of a local folder."""
+        """Take the backbone of a hub model (nvidia/mit-b3) or of a local folder; train.py does."""
         options = dict(config=self.network.config, dtype=torch.float32, output_loading_info=True)
         backbone, report = SegformerModel.from_pretrained(source, **options)
-        if report["missing_keys"]:  # transformers would leave them at random
+        too_many = [key for key in report["unexpected_keys"] if "encoder." in key]
+        if report["missing_keys"] or too_many:  # transformers itself goes on
             raise ValueError(f"{source} has no Segformer backbone of this size")
         self.network.segformer = backbone
 
@@ -162,7 +164,7 @@ class Refinement(nn.Module):
     def __init__(self, dim_phi, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
         super().__init__()
         # The standard PyTorch layer: ReLU, and norm after the residual. TransformerEncoder copies
-        # it, so that all layers start with equal weights. No slot is padding: no nested tensors.
+        # it, so that all layers start with equal weights. Nested tensors are for padded inputs.
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
         self.embedding = nn.Linear(dim_phi + 2, width)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -189,7 +191,8 @@ class Encoder(nn.Module):
 
     def forward(self, feature_maps):
         """(B, K + D, h, w) -> Latents, attention (B, K, h, w), attention position (B, K, 2)."""
-        logits = feature_maps[:, : self.slots]  # (B, K, h, w); open: they are the first channels
+        # open: the logits are the first K channels
+        logits = feature_maps[:, : self.slots]  # (B, K, h, w)
         features = feature_maps[:, self.slots :]  # (B, D, h, w), Phi
         x, y = normalized_coordinates(*features.shape[-2:], device=features.device)
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
@@ -203,19 +206,19 @@ class Encoder(nn.Module):
         """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
         position, s, activation, z_what = refined.split(self.split_sizes, dim=-1)
         # The clamp passes no gradient to a position outside. Too high a learning rate drives
-        # positions there, and only a change of the shared weights brings them back.
+        # positions there; only what other slots teach the networks can bring them back.
         position = position.clamp(-1, 1)  # (B, K, 2)
         s = self.s_min + (self.s_max - self.s_min) * s.sigmoid()  # (B, K, 1 or 2)
         scale = s.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
-        # differs: with isotropic scaling the authors' code reads alpha from z_what[0], not from its
-        # own column. This is the paper's.
+        # With isotropic scaling the authors' code differs from the paper and from this: it reads
+        # alpha from z_what[0].
         activation = activation.squeeze(-1).exp()  # (B, K)
         return Latents(position, scale, activation, z_what)
 
 
 # ---- Algorithm 2: from latents to layers and their weights ----
 
-GLIMPSE_CHANNELS = {  # side G -> channels at 2 x 2, 4 x 4, ..., G / 2 x G / 2 and G x G (Table 7)
+GLIMPSE_CHANNELS = {  # side G of the glimpse -> channels at 2 x 2, 4 x 4, ..., G x G (Table 7)
     32: (64, 32, 16, 8, 4),
     64: (128, 64, 32, 16, 8, 4),
 }
@@ -227,7 +230,7 @@ class GlimpseGenerator(nn.Module):
     def __init__(self, dim_z_what=32, side=64):
         super().__init__()
         channels = GLIMPSE_CHANNELS[side]
-        # open: stride 1, where Table 7 prints 2: on a single pixel both give 2 x 2
+        # Table 7 prints stride 2 here, which on a single pixel gives the same 2 x 2.
         layers = [nn.ConvTranspose2d(dim_z_what, channels[0], 2, bias=False)]
         for c_in, c_out in zip(channels, channels[1:]):  # each layer doubles the side
             last = c_out == channels[-1]  # open: the last layer alone has a bias
@@ -243,12 +246,12 @@ def spatial_transformer(glimpses, position, scale, height, width):
     """Shrink glimpses by s and move them to (x, y) (Algorithm 2).
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
-    Here -1 and 1 are the image's edges. In (12) and (13) they are the centres of the outermost
-    cells, half a cell further in: at most 2 pixels with the Segformer. The refinement can learn it.
     """
     # The pixel (x, y) of the image shows the point theta (x, y, 1) of the glimpse, where
-    # theta = [[s_x, 0, -s_x x_k], [0, s_y, -s_y y_k]]. Each axis is computed by itself, in less
-    # than half of the time of F.affine_grid.
+    # theta = [[s_x, 0, -s_x x_k], [0, s_y, -s_y y_k]].
+    # open: -1 and 1 are the image's edges. In (12) and (13) they are the centres of the outermost
+    # cells, which lie half a cell further in, 2 pixels with the Segformer. The refinement can
+    # learn this difference.
     x = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (W,), pixel centres
     y = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (H,)
     glimpse_x = scale[:, :1] * (x - position[:, :1])  # (N, W)
@@ -284,12 +287,12 @@ class Renderer(nn.Module):
         self.glimpse_generator = GlimpseGenerator(dim_z_what, side)
         # An object starts with an activation of about 1. Beside e^11 = 59 874 it is invisible, and
         # grows only where it helps.
-        # open: it is the logarithm that is learned; for alpha_0(i, j), a map is added to it
+        # open: the logarithm is learned; for Algorithm 2's alpha_0(i, j), a map is added to it
         self.log_alpha_0 = nn.Parameter(torch.tensor(float(log_alpha_0)))
         self.log_alpha_0_map = nn.Parameter(torch.zeros(self.size)) if per_pixel else 0.0
 
     def forward(self, latents):
-        """-> weights (B, K + 1, H, W), layers (B, K, 3, H, W), masks (B, K, H, W), glimpses."""
+        """-> weights, layers, masks and glimpses, with the shapes of Output."""
         batch_slots = latents.activation.shape  # B, K; the slots are drawn as N = B K glimpses
         position = latents.position.flatten(0, 1)  # (N, 2)
         scale = latents.scale.flatten(0, 1)  # (N, 2)
@@ -303,7 +306,7 @@ class Renderer(nn.Module):
         return weights, layers, masks, glimpses.unflatten(0, batch_slots)
 
 
-# ---- Section 4.2.1: the loss of phases 2 and 3 ----
+# ---- Section 4.2.1: the loss, of all training but the background's own, which is phase 1 ----
 
 
 def reconstruction_loss(images, reconstruction):
@@ -322,7 +325,7 @@ def pixel_entropy_loss(weights):
 
 
 def quadratic_warmup(step, steps):
-    """min(1, step / steps)^2; 1 where there is no warm-up, that is, where steps is 0."""
+    """min(1, step / steps)^2, or 1 where steps is 0."""
     return min(1.0, step / steps) ** 2 if steps else 1.0
 
 
@@ -343,12 +346,12 @@ def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture, by default the paper's for CLEVRTEX (Table 6)."""
+    """The architecture, by default the paper's for CLEVRTEX (section 5.1, Table 6)."""
 
     height: int = 128  # height H of the images in pixels, 32..192
     width: int = 128  # width W of the images in pixels, 32..192
     slots: int = 10  # K, the most objects in a scene, up to 255
-    anisotropic: bool = True  # scale width and height of a glimpse apart
+    anisotropic: bool = True  # scale width and height of a glimpse separately
     generator: str = "segformer"  # of the feature maps: segformer or unet
     backbone: Literal["tiny", "b0", "b3"] = "b3"  # size of the Segformer
     unet_width: float = 1.0  # factor on the U-Net's channels
@@ -357,17 +360,17 @@ class Config:
     transformer_heads: int = 8  # attention heads of a transformer layer
     dim_feedforward: int = 512  # hidden width of a transformer layer's MLP
     transformer_layers: int = 6  # number of transformer layers
-    dropout: float = 0.1  # of Segformer and transformer, and the Segformer's drop-path
+    dropout: float = 0.1  # rate of dropout and drop-path, in Segformer and transformer
     dim_z_what: int = 32  # Z, width of the appearance vector
-    scale_min: float = 1.3  # s_min, above 1, so that no glimpse fills the image
-    scale_max: float = 24.0  # s_max, so that a glimpse is large enough to have a gradient
+    scale_min: float = 1.3  # s_min of the inverse scale, above 1: no glimpse fills the image
+    scale_max: float = 24.0  # s_max of the inverse scale: no glimpse is too small for a gradient
     log_alpha_0: float = 11.0  # logarithm of the background's activation at the start
-    alpha_0_per_pixel: bool = False  # learn an activation per pixel, for fixed cameras
+    alpha_0_per_pixel: bool = False  # learn the background's activation per pixel
     background_kind: Literal["simple", "complex"] = "complex"  # fixed or varying backgrounds
     background_width: float = 1.0  # factor on the background autoencoder's channels
 
     def __post_init__(self):
-        # [38] names channels for 5 to 7 convolutions, which are images of 25 to 192 pixels.
+        # Beyond 192 pixels the background has no table of channels; below 32, maps no 8 x 8 cells.
         if not 32 <= min(self.height, self.width) <= max(self.height, self.width) <= 192:
             raise ValueError(f"images are {self.height} x {self.width}: use sides of 32..192")
         if not 1 < self.scale_min < self.scale_max:
@@ -396,10 +399,7 @@ class ASTSeg(
     nn.Module, PyTorchModelHubMixin, library_name="astseg", pipeline_tag="image-segmentation",
     paper_url="https://arxiv.org/abs/2205.13271",
 ):  # fmt: skip
-    """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`.
-
-    The mixin saves the Config beside the weights, and rebuilds it by the annotation of __init__.
-    """
+    """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -432,14 +432,14 @@ class ASTSeg(
     def forward(self, images, background=None):
         """images (B, 3, H, W) in [0, 1] -> Output.
 
-        background (B, 3, H, W) takes the place of the autoencoder's: phase 2 has memorised it.
+        background (B, 3, H, W), if given, takes the place of the autoencoder's (section 5.2).
         """
         self.check_images(images)
         feature_maps = self.generator(images).to(images.dtype)  # (B, K + D, h, w)
         if background is None:
             background, _ = self.background(images)  # (B, 3, H, W)
-        # On a GPU the networks above run in bf16, whose 8 bits are too few from here on: for
-        # positions, exp(alpha) and (17).
+        # train.py runs the networks above in bf16 on a GPU. Its 8 significant bits are too few from
+        # here on, for positions, exponentials and (17).
         with torch.autocast(images.device.type, enabled=False):
             latents, attention, attention_position = self.encoder(feature_maps)
             weights, layers, masks, glimpses = self.renderer(latents)
@@ -463,11 +463,11 @@ class ASTSeg(
         shape = getattr(images, "shape", ())
         dtype = getattr(images, "dtype", type(images))
         if shape[1:] != size or dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"images are {dtype} {tuple(shape)}: use float32 (B, *{size})")
+            raise ValueError(f"images are {dtype} {tuple(shape)}: use float32, B times {size}")
         if torch.compiler.is_compiling() or (self.training and self.seen_images):
             return
         low, high = images.aminmax()
-        if not (-0.01 <= low and high <= 1.01):  # neither is NaN
+        if not (-0.01 <= low and high <= 1.01):  # NaN, too, is not in this range
             raise ValueError(f"images have values {low:.4g}..{high:.4g}: scale them to [0, 1]")
         self.seen_images = True
 
@@ -481,9 +481,9 @@ class ASTSeg(
 
 # ---- Sections 4.1 and 4.2.2: the background model of [38] and its loss, which is phase 1 ----
 
-# Channels of the encoder, and of the decoder read backwards: both from image to latents. They are
-# those of background/models.py in the authors' code; [38] names others. Keys: kind and the number
-# of convolutions.
+# (kind, number of convolutions) -> channels of the encoder, and of the decoder in the same order,
+# from image to latents.
+# differs: those of background/models.py in the authors' code, a little other than [38]'s own
 BACKGROUND_CHANNELS = {
     ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
     ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
@@ -518,7 +518,7 @@ def shrink_schedule(side, count):
 def row_and_column(x):
     """Two more channels for x (B, C, h, w): row and column, from -0.5 to 0.5 -> (B, 2, h, w)."""
     axes = []
-    for n in x.shape[2:]:  # on x's own device, or a CUDA graph could not record it
+    for n in x.shape[2:]:
         line = torch.linspace(-0.5, 0.5, n, device=x.device)  # (n,)
         axes.append(line if n > 1 else torch.ones_like(line))  # [38] puts a single one at 1
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
@@ -546,8 +546,8 @@ class BackgroundAutoencoder(nn.Module):
     """The background of an image, from 16 latents: backgrounds lie on a low-dimensional manifold.
 
     images (B, 3, H, W) -> background (B, 3, H, W) and a prediction (B, H, W) of its error, all in
-    [0, 1]. The prediction is a second task of phase 1, and nothing reads it afterwards. factor
-    scales the hidden channels.
+    [0, 1]. [38] finds objects by that prediction; here it is only learned along with the background
+    in phase 1. factor scales the hidden channels.
     """
 
     def __init__(self, height, width, kind="complex", factor=1.0):
@@ -555,17 +555,17 @@ class BackgroundAutoencoder(nn.Module):
         longest = max(height, width)
         count = 5 if longest <= 48 else 6 if longest <= 96 else 7  # convolutions each way
 
-        def scaled(channels):  # the hidden ones, in multiples of a norm's group, 16
+        def scaled(channels):  # the hidden ones, rounded to multiples of a norm's group, 16
             hidden = [max(16, 16 * round(c * factor / 16)) for c in channels[1:-1]]
             return [channels[0], *hidden, channels[-1]]
 
         down, up = (scaled(channels) for channels in BACKGROUND_CHANNELS[kind, count])
-        # open: each axis has its own kernels. The decoder mirrors the encoder.
+        # open: each axis has its own kernels
         rows = shrink_schedule(height, count)
         columns = shrink_schedule(width, count)
         encoder, decoder = [], []
         for i in range(count):
-            kernel, stride, padding, remainder = zip(rows[i], columns[i])  # a pair each
+            kernel, stride, padding, remainder = zip(rows[i], columns[i])  # each (row's, column's)
             options = dict(kernel_size=kernel, stride=stride, padding=padding, bias=False)
             conv = nn.Conv2d(down[i] + 2, down[i + 1], **options)
             back = nn.ConvTranspose2d(up[i + 1] + 2, up[i], output_padding=remainder, **options)
@@ -575,7 +575,7 @@ class BackgroundAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*reversed(decoder))
 
     def forward(self, images):
-        # open: images enter in [0, 1], not in the authors' 0..255, which the first norm undoes
+        # open: images enter in [0, 1]; in the authors' 0..255 the first row and column count less
         latents = self.encoder(images)  # (B, 16, 1, 1)
         # The sigmoid is in fp32: bf16 has steps of 1/256 below 1, and a colour is one of 256.
         output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W)
@@ -598,7 +598,7 @@ def robust_background_loss(images, background, predicted_error, strength=6.0, th
     with torch.no_grad():  # pixels around a large error are objects, and should not teach
         unexplained = (error / threshold).tanh()  # (B, H, W), near 1 from twice the threshold on
         radius = images.shape[-1] // 75  # [38] averages over windows of 2 radius + 1 pixels
-        average = F.avg_pool2d(
+        average = F.avg_pool2d(  # which takes (B, H, W) for channels, each averaged by itself
             unexplained, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
         )  # (B, H, W)
         weight = (-strength * average).exp()  # (B, H, W)
@@ -630,12 +630,12 @@ def iou_matrix(table):
 
 
 def mean_iou(table, background=True):
-    """mIoU, or without the background pair mIoU-FG, after a Hungarian matching: (n, n) -> a number.
+    """mIoU after a Hungarian matching, or mIoU-FG, without the true background: (n, n) -> a number.
 
-    It is the sum of the matched IoUs over the number of matched pairs of which at least one side is
-    in the image: so the authors' code has it. Section 5.1 says "same definitions as [29]", whose
-    own tables seem to leave the background pair out. Where IoUs of 0 leave the matching open, as in
-    a few images of a thousand, the number of pairs is that of SciPy's choice.
+    The sum of the matched IoUs over the number of matched pairs of which at least one side is in
+    the image, as in the authors' code. Section 5.1 refers to [29], whose own tables seem to leave
+    the background pair out. Two labels without a partner count as one pair or as two, whether they
+    are matched to each other or to missing labels: their IoU is 0 either way, and SciPy chooses.
     """
     iou = iou_matrix(table)
     rows, columns = linear_sum_assignment(iou.numpy(), maximize=True)  # rows is 0, 1, ..., n - 1
@@ -663,7 +663,7 @@ def adjusted_rand_index(table):
     same_predicted = pairs(objects.sum(0))
     expected = same_target * same_predicted / pairs(objects.sum()).clamp(min=1)
     best = (same_target + same_predicted) / 2
-    if best == expected:  # open: no object, or a single one that is whole, counts 1
+    if best == expected:  # open: no object, or a single one found whole, counts 1
         return 1.0
     return ((same_both - expected) / (best - expected)).item()
 
@@ -675,7 +675,7 @@ def segmentation_covering(table):
     return best.mean().item() if len(best) else 0.0  # open: an image without objects counts 0
 
 
-METRICS = {
+METRICS = {  # the MSE, which needs no labels, is in train.py
     "mIoU": mean_iou,
     "mIoU-FG": lambda table: mean_iou(table, background=False),
     "ARI-FG": adjusted_rand_index,
@@ -725,12 +725,13 @@ class UNetGenerator(nn.Module):
             )  # fmt: skip
             residual = Residual(conv_block(both, both))
             self.up.append(nn.Sequential(residual, up, nn.BatchNorm2d(widths[level]), nn.CELU()))
+        # open: the last two convolutions have neither norm nor CELU, and no convolution has a bias
         residual = Residual(nn.Conv2d(channels, channels, 3, padding=1, bias=False))
         head = nn.Conv2d(channels, channels, 1, bias=False)
         self.last = nn.Sequential(conv_block(2 * widths[0], channels), residual, head)
 
     def forward(self, images):
-        # The channels in these comments are those of factor 1, rounded down sides those of Table 8.
+        # Channels are those of factor 1. Sides are rounded down.
         skips = [self.first(images)]  # (B, 80, H, W)
         for down in self.down:
             skips.append(down(skips[-1]))  # (B, 128, H/2, W/2) ... (B, 256, H/32, W/32)
@@ -741,7 +742,7 @@ class UNetGenerator(nn.Module):
 
 
 # Name of a generator -> what makes it, given its channels (K + D, the K logit maps first) and the
-# Config c. A fork's own is a line here.
+# Config c. A fork adds its own here.
 GENERATORS = {
     "segformer": lambda channels, c: SegformerGenerator(channels, c.backbone, c.dropout),
     "unet": lambda channels, c: UNetGenerator(channels, c.height, c.width, c.unet_width),
@@ -782,7 +783,7 @@ WALLS = 12  # the same ones in every part of the data
 def draw_shapes(count, seed, size=64):
     """The embedded data set -> Images: two to four objects before one of twelve walls.
 
-    Colour tells the objects of an image neither from each other nor from the wall.
+    Hue tells the objects of an image neither from each other nor from the wall.
     """
     random = np.random.default_rng(seed)
     walls = [draw_wall(number, size) for number in range(WALLS)]
@@ -951,10 +952,10 @@ def labels_to_model(labels, height, width, crop=1.0, label_at=0.5):
 def labels_to_image(labels, size, crop=1.0):
     """The model's labels (H, W) on an image of size (w, h): (h, w), uint8, 0 around the crop."""
     left, top, right, bottom = crop_box(size, *labels.shape, crop)
-    labels = Image.fromarray(labels.byte().cpu().numpy())
-    labels = labels.resize((right - left, bottom - top), Image.Resampling.NEAREST)
+    rows = ((np.arange(bottom - top) + 0.5) * labels.shape[0] / (bottom - top)).astype(int)
+    columns = ((np.arange(right - left) + 0.5) * labels.shape[1] / (right - left)).astype(int)
     whole = np.zeros(size[::-1], np.uint8)
-    whole[top:bottom, left:right] = labels
+    whole[top:bottom, left:right] = labels.byte().cpu().numpy()[rows][:, columns]
     return whole
 
 
@@ -977,7 +978,7 @@ def list_files(folder, suffixes=None):
 def part_of(name):
     """The part of an image of a folder: its first sub-folder, or else a hash of its name.
 
-    So an image stays in its part when others are added. The hash puts a tenth into test and val.
+    So an image stays in its part when others are added. The hash puts a tenth each into two parts.
     """
     if name.parts[0] in ("train", "val", "test"):
         return name.parts[0]
@@ -1052,8 +1053,8 @@ def read_tfrecords(data, name, shape, scenery):
 def example_bytes(example, name, shape, where):
     """The feature of a tf.train.Example that has an entry for each byte. Raises OSError.
 
-    An entry is the bytes 10 and 1, its tag and length, and then the byte itself. The entries follow
-    each other; between the name and the first one stands no 10, 1.
+    An entry is the bytes 10 and 1, its tag and length, and then the byte itself. Entries follow
+    each other. Only other tags and lengths, never 10 before 1, lie between the name and the first.
     """
     count = math.prod(shape)
     start = example.find(b"\n\1", example.find(name))
@@ -1114,10 +1115,12 @@ def decode(dataset, data, masks, height, width):
         if maps and len(labels) != len(images):
             raise ValueError(f"{data} has {len(labels)} label maps for {len(images)} images")
         parts[part] = images, labels
-    if "" not in parts:
+    if [*parts] != [""]:
+        if not parts.keys() <= {"test", "val", "train"}:
+            raise ValueError(f"{dataset} has parts {[*parts]}: use test, val, train, or '' alone")
         return parts
     images, labels = parts[""]
-    tenth = min(10_000, max(1, len(images) // 10))  # 10 000 of ObjectsRoom
+    tenth = min(10_000, max(1, len(images) // 10))  # ObjectsRoom has parts of 10 000
     sizes = [tenth, tenth, len(images) - 2 * tenth]
     label_parts = [None] * 3 if labels is None else labels.split(sizes)
     return dict(zip(("test", "val", "train"), zip(images.split(sizes), label_parts)))
@@ -1134,10 +1137,12 @@ def save_whole(value, path):
 
 
 def cache_key(dataset, *settings):
-    """A name for settings and all that they stand for: the reader's source, files and their age."""
-    reader = DATASETS[dataset].reader
-    reader = getattr(reader, "func", reader)  # the function of a partial
-    key = hashlib.sha1(repr((DATASETS[dataset][1:], inspect.getsource(reader), settings)).encode())
+    """A name for settings and for all that decides what they decode to: files, their age, code."""
+    reader, *options = DATASETS[dataset]
+    code = inspect.getsource(getattr(reader, "func", reader))  # of a partial, its function
+    code += Path(__file__).read_text().partition("# ==== Data")[2]
+    options += [getattr(reader, "keywords", {})]
+    key = hashlib.sha1(repr((dataset, settings, options, code)).encode())
     for folder in (path for path in settings if isinstance(path, Path)):
         for path in [folder] if folder.is_file() else list_files(folder):
             with suppress(OSError):  # a link that leads nowhere

@@ -50,7 +50,7 @@ class Training(Config):
     background_batch: int = 128  # images per step of phase 1
     background_lr: float = 2e-3  # learning rate of phase 1
     background_warmup: int = 0  # steps over which background_lr grows from 0
-    background_plain_steps: int = 0  # steps of phase 1 before the robust weight of [38] sets in
+    background_plain_steps: int = 0  # first steps of phase 1, in which all pixels weigh the same
     steps: int = 125_000  # steps of phases 2 and 3 together
     phase2_steps: int = 30_000  # of these with a frozen background
     batch: int = 64  # images per step of phases 2 and 3
@@ -60,13 +60,13 @@ class Training(Config):
     decay: Literal["step", "linear"] = "step"  # at once to a tenth, or along a line to zero
     entropy_weight: float = 1e-2  # weight of the entropy loss, lambda_pixel
     entropy_warmup: int = 10_000  # steps over which entropy_weight grows from 0, N_pixel
-    refinement_start: Literal["stock", "identity"] = "stock"  # identity is for short runs
-    refinement_lr_factor: float = 1.0  # on lr, for the transformer encoder
-    alpha_0_lr_factor: float = 1.0  # on lr, for the activation of the background
-    glimpse_lr_factor: float = 1.0  # on lr, for the glimpse generator
+    refinement_start: Literal["stock", "identity"] = "stock"  # PyTorch's start, or the identity
+    refinement_lr_factor: float = 1.0  # the transformer encoder's rate is lr times this
+    alpha_0_lr_factor: float = 1.0  # and so for the background's activation
+    glimpse_lr_factor: float = 1.0  # and so for the glimpse generator
     pretrained: str = "nvidia/mit-b3"  # backbone: a hub name, a folder or '' for random weights
     flip: bool = False  # add the mirror images to the training images; not in the paper
-    train_images: int = 10_000  # how many images are drawn for training
+    train_images: int = 10_000  # number of training images that are generated, for shapes
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # or another that torch knows
     bf16: bool = True  # mixed precision, on cuda
     cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
@@ -82,10 +82,10 @@ class Training(Config):
             raise ValueError(f"decay_at is {self.decay_at}: use a share of the steps, 0..1")
 
 
-# differs: small sizes and short schedules, for two CPU cores; no component is left out.
+# differs: small sizes, short schedules and random weights, for two CPU cores. No part of the model
+# is left out.
 SMALL = dict(
     dataset="folder",
-    output="runs/small",
     height=64,  # a fourth of the pixels of 128 x 128
     width=64,
     anisotropic=False,  # most objects are about as wide as high
@@ -111,14 +111,13 @@ SMALL = dict(
     entropy_warmup=3000,
     refinement_start="identity",  # PyTorch's start idles for thousands of steps
     # differs: the paper has one learning rate for all parts.
-    refinement_lr_factor=0.1,  # if higher, slots are driven out of the image and stay there
+    refinement_lr_factor=0.1,  # if higher, slots are driven to the image's border and stay there
     alpha_0_lr_factor=0.33,  # if higher, alpha_0 falls until objects take their rims
     glimpse_lr_factor=3.0,  # if lower, glimpses lag behind positions
     save_every=500,
 )
 SHAPES = SMALL | dict(
     dataset="shapes",
-    output="runs/shapes",
     height=48,
     width=48,
     slots=4,
@@ -128,33 +127,33 @@ SHAPES = SMALL | dict(
     background_steps=3000,  # twelve walls in changing light
     background_lr=2e-3,  # the paper's; a low rate does not tell the walls apart in time
     background_warmup=500,  # without it, that rate never tells them apart
+    background_plain_steps=1000,  # without them, one run in five shows one wall for all
     steps=10_000,
     phase2_steps=9500,
-    batch=16,  # batches of 32 in half as many steps learn less, of 8 in as many far less
+    batch=16,  # 32 learns less in half as many steps, 8 far less in as many
     warmup=200,
     decay="linear",  # goes on learning while it sharpens masks
     entropy_weight=0.08,  # if lower, two slots share an object
-    entropy_warmup=6000,  # if shorter, slots stay asleep
+    entropy_warmup=6000,  # if shorter, slots stay invisible
     glimpse_lr_factor=6.0,
     train_images=8000,
 )
-CLEVR = dict(  # all of its images show one background
-    dataset="clevr", anisotropic=False, background_kind="simple", background_steps=2500
-)
-ROOMS = dict(dataset="objectsroom", height=64, width=64, slots=3)
-STACKS = dict(dataset="shapestacks", height=64, width=64, slots=6, anisotropic=False)
 PRESETS = {  # the last four are the paper's (section 5.1)
     "shapes": Training(**SHAPES),
     "small": Training(**SMALL),
-    "folder": Training(dataset="folder", output="runs/folder"),
-    "clevrtex": Training(dataset="clevrtex", output="runs/clevrtex"),
-    "clevr": Training(**CLEVR, output="runs/clevr"),
-    "objectsroom": Training(**ROOMS, output="runs/objectsroom"),
-    "shapestacks": Training(**STACKS, output="runs/shapestacks"),
+    "folder": Training(dataset="folder"),
+    "clevrtex": Training(dataset="clevrtex"),
+    "clevr": Training(  # all of its images show one background
+        dataset="clevr", anisotropic=False, background_kind="simple", background_steps=2500
+    ),
+    "objectsroom": Training(dataset="objectsroom", height=64, width=64, slots=3),
+    "shapestacks": Training(dataset="shapestacks", height=64, width=64, slots=6, anisotropic=False),
 }
+PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRESETS.items()}
 
 
-# ---- The loop: it calls what stands below it, in this order ----
+# ---- The loop, and below it the four functions that say what it does ----
+# "# open:" marks what the paper leaves open, "# differs:" what we do otherwise than the paper.
 
 
 def train(t: Training):
@@ -162,24 +161,29 @@ def train(t: Training):
     print(f"{t.dataset} {t.data} on {t.device}, output: {t.output}")
     if t.background_steps < t.background_warmup or t.steps < max(t.warmup, t.entropy_warmup):
         print("warning: a warm-up is longer than its phase, and never reaches its full value")
-    state = load_checkpoint(t)
+    state = load_checkpoint(t)  # of a new run: no model, no optimizer, and all counts are 0
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds and model want room too
     model = build_model(t, state)
     update = state["update"]  # counts through all phases
-    run_began = time.perf_counter() - state["seconds"]
+    log = state["log"]
+    run_began = time.perf_counter() - state["seconds"]  # as if it had never stopped
 
     for number, (phase, first, stop, batch) in enumerate(curriculum(t)):
-        if number < state["phase"]:  # done before the checkpoint
+        if number < state["phase_number"]:  # done before the checkpoint
             continue
         optimizer = make_optimizer(model, phase, t)
-        if number == state["phase"] and "optimizer" in state:
+        if number == state["phase_number"] and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
+        if first == stop:
+            continue
         backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
-        network = record(model, phase, images[:batch], backgrounds, t)
+        network = None  # frees what was recorded for the phase before
+        network = model.background if phase == "background" else model
+        network = record(network, images, backgrounds, batch, t)  # the same, faster on a GPU
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         losses = []
         row_began = time.perf_counter()
@@ -188,10 +192,10 @@ def train(t: Training):
             # All that is random in a step follows from its number, so that a run that was killed
             # goes on as if it had not been.
             torch.manual_seed(1_000_000 * t.seed + update)
-            index = torch.randint(len(images), (batch,), device=images.device)
+            index = torch.randint(len(images), (batch,))
             batch_images = images[index].to(t.device) / 255  # (B, 3, H, W)
-            background = None  # the autoencoder's, made in the step
-            if backgrounds is not None:
+            background = None  # the model makes its own
+            if phase == "foreground":
                 background = backgrounds[index].to(t.device) / 255  # (B, 3, H, W)
             lr = learning_rate(phase, step, t)
             for group in optimizer.param_groups:
@@ -209,20 +213,24 @@ def train(t: Training):
             for name in terms:
                 row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
             if not math.isfinite(row["loss"]):
-                raise ValueError(f"the loss is {row['loss']} in phase {phase}: lower its rate")
+                way = "start again with a lower rate and another --output"
+                raise ValueError(f"the loss is {row['loss']} in phase {phase}: {way}")
             pace = len(losses) / (time.perf_counter() - row_began)  # steps per second
-            row |= {"images/s": pace * batch, "left": (stop - done) / pace}
+            row |= {"images/s": pace * batch, "left": (stop - done) / pace}  # seconds of the phase
             if save_now and phase != "background":
                 row |= evaluate(model, evenly_spaced(val, 200))
-            write_row(row, t)
+            log.append(row)
+            write_log(log, t)
             if save_now:
-                draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
                 seconds = time.perf_counter() - run_began
-                place = dict(phase=number, step=done, update=update, seconds=seconds)
+                place = dict(
+                    phase_number=number, step=done, update=update, seconds=seconds, log=log
+                )
                 save_checkpoint(model, optimizer, place, t)
+                draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
             losses = []
             row_began = time.perf_counter()
-            model.train()
+            model.train()  # after the evaluation
     return write_results(model, test, time.perf_counter() - run_began, t)
 
 
@@ -244,12 +252,16 @@ def curriculum(t: Training):
 
 
 def make_optimizer(model, phase, t: Training):
-    """Adam over all parameters. What a phase does not train has no gradient in it, and stays."""
+    """Adam over all parameters, whatever the phase.
+
+    In phase 1 only the autoencoder runs, in phase 2 all but the autoencoder. What does not run has
+    no gradient, and Adam passes it over.
+    """
     factors = {  # on the learning rate, by the beginning of a parameter's name
         "encoder.refinement.": t.refinement_lr_factor,
         "renderer.glimpse_generator.": t.glimpse_lr_factor,
         "renderer.log_alpha_0": t.alpha_0_lr_factor,
-        "": 1.0,  # all others
+        "": 1.0,  # all other names begin with nothing
     }
     groups = {start: dict(params=[], factor=factor) for start, factor in factors.items()}
     for name, parameter in model.named_parameters():
@@ -257,7 +269,7 @@ def make_optimizer(model, phase, t: Training):
         groups[start]["params"].append(parameter)
     if phase == "background":  # open: Adam with its default betas
         return torch.optim.Adam(groups.values(), fused=True)
-    # open: phase 3 starts a fresh Adam, without a warm-up; (22) alone teaches the background
+    # open: phase 3 starts a fresh Adam, without a warm-up, and has no robust loss any more
     return torch.optim.Adam(groups.values(), betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -279,14 +291,16 @@ def learning_rate(phase, step, t: Training):
 def training_step(network, optimizer, phase, step, images, background, t: Training):
     """One update by images (B, 3, H, W) -> the terms of the loss and their sum, by name.
 
-    background (B, 3, H, W) is the memorised one in phase 2, else None. Nothing of the step's graph
-    outlives it, or a CUDA graph could not record the next phase.
+    The network is the autoencoder in phase 1, else the whole model. background (B, 3, H, W) is the
+    memorised one in phase 2, else None.
     """
     with mixed_precision(t):
         if phase == "background":
-            # differs: a strength of 0 at first, where grounds of strong contrast are to be let in
+            # differs: the robust weight would take grounds that it does not know for objects.
+            # Without it they are learned, and objects leave again once it sets in.
             strength = 0.0 if step < t.background_plain_steps else 6.0
-            loss = astseg.robust_background_loss(images, *network(images), strength)
+            background, predicted_error = network(images)
+            loss = astseg.robust_background_loss(images, background, predicted_error, strength)
             terms = {"background": loss}
         else:
             output = network(images, background)
@@ -295,6 +309,7 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
+    # Detached, or a step's graph would outlive it.
     return {name: term.detach() for name, term in (terms | dict(loss=loss)).items()}
 
 
@@ -358,7 +373,7 @@ def build_model(t: Training, state):
     elif t.pretrained:
         try:
             model.generator.load_backbone(t.pretrained)
-        except (OSError, AttributeError) as error:  # not to be had; a generator without a backbone
+        except (OSError, AttributeError) as error:  # no such files; or no such method, as the U-Net
             raise ValueError(f"{error}\n--pretrained '' starts from random weights") from error
     # In a first call transformers installs hooks, which a CUDA graph could not record.
     model.eval().segment(torch.zeros(1, 3, t.height, t.width))
@@ -392,26 +407,25 @@ def start_as_identity(refinement):
 
 
 def mixed_precision(t: Training):
-    on_cuda = t.device.startswith("cuda")  # open: the paper does not say in what type
-    device_type = torch.device(t.device).type
-    return torch.autocast(device_type, torch.bfloat16, on_cuda and t.bf16, cache_enabled=False)
+    """bf16 for the networks, on a GPU."""
+    kind = torch.device(t.device).type
+    enabled = kind == "cuda" and t.bf16  # open: the paper does not say in what type
+    return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def record(model, phase, images, backgrounds, t: Training):
-    """The network of a phase, (images, background=None) -> its output; on a GPU as a CUDA graph.
+def record(network, images, backgrounds, batch, t: Training):
+    """The network as it is or, on a GPU, its CUDA graph for batches of this size.
 
     A step is a thousand short kernels. They are recorded once and replayed; else the GPU would wait
     for Python between them.
     """
-    network = model.background if phase == "background" else model
     if not (t.device.startswith("cuda") and t.cuda_graphs):
         return network
     # The recording makes gradients on a stream of its own, which is meant so.
     warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-    gc.collect()  # frees the network recorded for the phase before, which refers to itself
-    inputs = [images.to(t.device) / 255]
-    if backgrounds is not None:
-        inputs.append(backgrounds[: len(images)].to(t.device) / 255)
+    gc.collect()  # the network recorded before refers to itself
+    index = torch.arange(batch) % len(images)
+    inputs = [x[index].to(t.device) / 255 for x in (images, backgrounds) if x is not None]
     network = copy(network.train())  # shares the weights; only its forward is replaced
     with mixed_precision(t):
         graph = torch.cuda.make_graphed_callables(network, tuple(inputs), allow_unused_input=True)
@@ -424,51 +438,50 @@ MAY_DIFFER = ("steps", "output", "cache", "device", "cuda_graphs", "log_every", 
 
 
 def load_checkpoint(t: Training):
-    """Where the run of these settings stands, in its folder. Raises ValueError if it is another's.
+    """Where the run in the folder stands. Raises ValueError if its settings are others.
 
-    A finished run may get more steps.
+    A run may get more steps, also when it has finished. Its rate is then that of the longer run.
     """
-    if t.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
-    folder = Path(t.output)
-    if not (folder / "checkpoint.pt").exists():
-        (folder / "log.jsonl").unlink(missing_ok=True)  # of a run that never saved
-        return dict(phase=0, update=0, seconds=0.0)
-    state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+    if t.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
+        torch.cuda.set_device(torch.device(t.device).index or 0)
+    path = Path(t.output, "checkpoint.pt")
+    if not path.exists():
+        return dict(phase_number=0, update=0, seconds=0.0, log=[])
+    for left in path.parent.glob("checkpoint.pt.*.tmp"):  # by a process that was killed
+        left.unlink()
+    state = torch.load(path, map_location="cpu", weights_only=True)
     saved = state["settings"]
     wanted = asdict(t)
     other = [name for name in wanted if wanted[name] != saved.get(name) and name not in MAY_DIFFER]
     if other or t.steps < saved["steps"]:
         changed = ", ".join(f"{name} {saved.get(name)}" for name in other or ["steps"])
-        raise ValueError(f"{folder} holds a run of {changed}: name another --output")
-    rows = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    kept = [row for row in rows if json.loads(row)["update"] <= state["update"]]
-    (folder / "log.jsonl").write_text("".join(kept))  # the others will come again
-    print(f"{folder}: goes on after {state['update']} updates")
+        raise ValueError(f"{t.output} holds a run of {changed}: name another --output")
+    print(f"{t.output}: goes on after {state['update']} updates")
     return state
 
 
 def save_checkpoint(model, optimizer, place, t: Training):
-    """checkpoint.pt, all that a run needs to go on, and model/, all that its users need."""
+    """model/ and settings.json for the run's users; last, checkpoint.pt, to go on from."""
     folder = Path(t.output)
-    state = place | dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    state["settings"] = asdict(t)
-    astseg.save_whole(state, folder / "checkpoint.pt")
     model.save_pretrained(folder / "model")
     # safetensors lets nobody else read its file.
     shutil.copymode(folder / "model" / "config.json", folder / "model" / "model.safetensors")
     (folder / "settings.json").write_text(json.dumps(asdict(t), indent=1))
+    state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), settings=asdict(t))
+    astseg.save_whole(place | state, folder / "checkpoint.pt")
 
 
 COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left".split()
 HEAD = "".join(f"{name:>11}" for name in COLUMNS)
 
 
-def write_row(row, t: Training):
-    """Print a row of the log, and add it to log.jsonl."""
+def write_log(log, t: Training):
+    """Print the last row of the log, and write all of it to log.jsonl."""
     Path(t.output).mkdir(parents=True, exist_ok=True)
-    with open(Path(t.output, "log.jsonl"), "a") as file:
-        print(json.dumps(row), file=file)
+    Path(t.output, "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    row = log[-1]
     cells = {name: f"{row[name]:.4g}" for name in COLUMNS if name in row}
     minutes, seconds = divmod(round(row["left"]), 60)
     cells |= dict(step=str(row["step"]), left=f"{minutes}:{seconds:02d}")
@@ -602,9 +615,9 @@ class Evaluate:
     """Metrics of each run and, of several, their mean and standard deviation."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs
-    dataset: str = ""  # another one than the run's own
-    data: str = ""  # its files
-    masks: str = ""  # their label maps
+    dataset: str = ""  # evaluate on another data set than the run's own
+    data: str = ""  # evaluate on other files than the run's own
+    masks: str = ""  # label maps of these files
 
 
 def evaluate_runs(command: Evaluate):
