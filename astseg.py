@@ -1,8 +1,8 @@
 """AST-Seg in one file: Unsupervised Multi-object Segmentation Using Attention and Soft-argmax.
 
-Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271. [38] is their earlier paper on
-backgrounds, arXiv 2112.08001. From unlabelled images alone the model finds each object, says
-where it is, what it looks like and which pixels are its own.
+Paper: B. Sauvalle and A. de La Fortelle, arXiv 2205.13271. Code: github.com/BrunoSauvalle/AST.
+[38] is their earlier paper on backgrounds, arXiv 2112.08001. From unlabelled images alone the model
+finds each object, says where it is, what it looks like and which pixels are its own.
 
 Letters: B batch, K slots (the paper's object queries), H W image, h w feature map, C channels,
 D width of a slot's features (the paper's d_Phi), Z width of z_what, G side of a glimpse (the small
@@ -39,12 +39,12 @@ feature map. One batch, from images to loss:
 
 Equations (2), (3) and (5)-(9) are in equivariance_proof.ipynb; phases, optimiser and rates of the
 training (sections 4.2.2, 5.1) are in train.py. Colours, masks and attention lie in [0, 1].
-Positions are (x, y); tensors are indexed [row, column], so that the paper's (i, j) is [j, i]. Label 0 is the
-background, label k is slot k, whose index among K slots is k - 1. "# open:" marks a choice that the
-paper leaves open, "# differs:" what we do otherwise than the paper.
+Positions are (x, y); tensors are indexed [row, column] from 0, the paper's (i, j) from 1. Label 0
+is the background, label k is slot k, whose index among K slots is k - 1. "# open:" marks a choice
+that the paper leaves open, "# differs:" what we do otherwise than the paper.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
@@ -121,11 +121,11 @@ class SegformerGenerator(nn.Module):
         self.network = SegformerForSemanticSegmentation(config)
 
     def load_backbone(self, source):
-        """Take the backbone of a hub model (nvidia/mit-b3) or of a local folder; train.py does."""
+        """Take the backbone of a hub model or folder, in eval mode: call model.train() after it."""
         options = dict(config=self.network.config, dtype=torch.float32, output_loading_info=True)
         backbone, report = SegformerModel.from_pretrained(source, **options)
         too_many = [key for key in report["unexpected_keys"] if "encoder." in key]
-        if report["missing_keys"] or too_many:  # transformers itself goes on
+        if report["missing_keys"] or too_many:  # transformers would only warn
             raise ValueError(f"{source} has no Segformer backbone of this size")
         self.network.segformer = backbone
 
@@ -164,7 +164,7 @@ class Refinement(nn.Module):
     def __init__(self, dim_phi, width=256, heads=8, feedforward=512, layers=6, dropout=0.1):
         super().__init__()
         # The standard PyTorch layer: ReLU, and norm after the residual. TransformerEncoder copies
-        # it, so that all layers start with equal weights. Nested tensors are for padded inputs.
+        # it, so that all layers start with equal weights. Nested tensors would be for padded slots.
         layer = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
         self.embedding = nn.Linear(dim_phi + 2, width)
         self.transformer = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -175,7 +175,7 @@ class Refinement(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Algorithm 1: feature maps -> latents, attention maps and their soft-argmax.
+    """Algorithm 1 from the feature maps on: -> latents, attention maps and their soft-argmax.
 
     D = dim_scale + 1 + dim_z_what, where dim_scale is 1 for isotropic and 2 for anisotropic
     scaling. refinement maps (B, K, D + 2) to the same shape; None leaves it out (Table 4).
@@ -197,21 +197,21 @@ class Encoder(nn.Module):
         x, y = normalized_coordinates(*features.shape[-2:], device=features.device)
         # The next two lines are soft_argmax(logits, x, y); (16) needs the maps too.
         attention = spatial_softmax(logits)  # (B, K, h, w), eq. (11)
-        attention_position = center_of_mass(attention, x, y)  # (B, K, 2), eqs. (14), (15)
-        pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), eq. (16)
+        attention_position = center_of_mass(attention, x, y)  # (B, K, 2), x0 y0 of eqs. (14), (15)
+        pooled = attention.flatten(2) @ features.flatten(2).mT  # (B, K, D), phi0 of eq. (16)
         refined = self.refinement(torch.cat((attention_position, pooled), dim=-1))  # (B, K, D + 2)
         return self.split_latents(refined), attention, attention_position
 
     def split_latents(self, refined):
         """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
         position, s, activation, z_what = refined.split(self.split_sizes, dim=-1)
-        # The clamp passes no gradient to a position outside. Too high a learning rate drives
-        # positions there; only what other slots teach the networks can bring them back.
+        # Outside, the clamp has no gradient. We saw too high a learning rate drive positions there.
+        # What other slots and images teach the shared weights can bring them back, or not.
         position = position.clamp(-1, 1)  # (B, K, 2)
         s = self.s_min + (self.s_max - self.s_min) * s.sigmoid()  # (B, K, 1 or 2)
         scale = s.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
         # With isotropic scaling the authors' code differs from the paper and from this: it reads
-        # alpha from z_what[0].
+        # alpha from the first number of z_what, and leaves alpha's own column unused.
         activation = activation.squeeze(-1).exp()  # (B, K)
         return Latents(position, scale, activation, z_what)
 
@@ -243,15 +243,15 @@ class GlimpseGenerator(nn.Module):
 
 
 def spatial_transformer(glimpses, position, scale, height, width):
-    """Shrink glimpses by s and move them to (x, y) (Algorithm 2).
+    """Shrink glimpses by s_k and move them to (x_k, y_k) (Algorithm 2).
 
     glimpses (N, C, G, G), position (N, 2) in [-1, 1], scale (N, 2) -> (N, C, height, width).
     """
     # The pixel (x, y) of the image shows the point theta (x, y, 1) of the glimpse, where
     # theta = [[s_x, 0, -s_x x_k], [0, s_y, -s_y y_k]].
     # open: -1 and 1 are the image's edges. In (12) and (13) they are the centres of the outermost
-    # cells, which lie half a cell further in, 2 pixels with the Segformer. The refinement can
-    # learn this difference.
+    # cells, which lie half a cell further in, nominally 2 pixels with the Segformer. Attention and
+    # refinement can learn this difference.
     x = (2 * torch.arange(width, device=scale.device) + 1) / width - 1  # (W,), pixel centres
     y = (2 * torch.arange(height, device=scale.device) + 1) / height - 1  # (H,)
     glimpse_x = scale[:, :1] * (x - position[:, :1])  # (N, W)
@@ -279,7 +279,7 @@ def compose(weights, background, layers):
 
 
 class Renderer(nn.Module):
-    """Algorithm 2, all but its last line: latents -> weights, layers, masks and glimpses."""
+    """Algorithm 2 up to the weights (17): latents -> weights, layers, masks and glimpses."""
 
     def __init__(self, height, width, dim_z_what=32, side=64, log_alpha_0=11.0, per_pixel=False):
         super().__init__()
@@ -306,11 +306,11 @@ class Renderer(nn.Module):
         return weights, layers, masks, glimpses.unflatten(0, batch_slots)
 
 
-# ---- Section 4.2.1: the loss, of all training but the background's own, which is phase 1 ----
+# ---- Section 4.2.1: the loss of phases 2 and 3. Phase 1 has robust_background_loss, below ----
 
 
 def reconstruction_loss(images, reconstruction):
-    """Mean over pixels of the squared L1 error over colours: two (B, 3, H, W) -> ()."""
+    """Mean over pixels of the squared L1 error over colours: two (B, 3, H, W) in [0, 1] -> ()."""
     error = (reconstruction - images).abs().sum(1)  # (B, H, W), eq. (19)
     return error.square().mean()  # eq. (20)
 
@@ -346,11 +346,11 @@ def full_loss(images, output, step, entropy_weight=1e-2, entropy_warmup=10_000):
 
 @dataclass(frozen=True)
 class Config:
-    """The architecture, by default the paper's for CLEVRTEX (section 5.1, Table 6)."""
+    """The architecture, by default the paper's for CLEVRTEX (section 5.1, Tables 5 and 6)."""
 
     height: int = 128  # height H of the images in pixels, 32..192
     width: int = 128  # width W of the images in pixels, 32..192
-    slots: int = 10  # K, the most objects in a scene, up to 255
+    slots: int = 10  # K, the most objects in a scene
     anisotropic: bool = True  # scale width and height of a glimpse separately
     generator: str = "segformer"  # of the feature maps: segformer or unet
     backbone: Literal["tiny", "b0", "b3"] = "b3"  # size of the Segformer
@@ -370,13 +370,11 @@ class Config:
     background_width: float = 1.0  # factor on the background autoencoder's channels
 
     def __post_init__(self):
-        # Beyond 192 pixels the background has no table of channels; below 32, maps no 8 x 8 cells.
+        # Above 192 pixels BACKGROUND_CHANNELS has no row. Below 32, maps have under 8 x 8 cells.
         if not 32 <= min(self.height, self.width) <= max(self.height, self.width) <= 192:
             raise ValueError(f"images are {self.height} x {self.width}: use sides of 32..192")
         if not 1 < self.scale_min < self.scale_max:
             raise ValueError(f"scales are {self.scale_min}..{self.scale_max}: use 1 < min < max")
-        if not 1 <= self.slots <= 255:
-            raise ValueError(f"slots is {self.slots}: use 1..255, as many as labels of 8 bits")
         if self.generator not in GENERATORS:
             raise ValueError(f"no generator is registered as {self.generator!r}: {[*GENERATORS]}")
 
@@ -401,8 +399,10 @@ class ASTSeg(
 ):  # fmt: skip
     """The whole model (Figure 1), with `save_pretrained(folder)` and `from_pretrained(folder)`."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         super().__init__()
+        if isinstance(config, dict):  # of a saved config.json: no name may be missing or unknown
+            config = Config(**({f.name: config[f.name] for f in fields(Config)} | config))
         self.config = config
         size = config.height, config.width
         dim_scale = 2 if config.anisotropic else 1
@@ -437,9 +437,9 @@ class ASTSeg(
         self.check_images(images)
         feature_maps = self.generator(images).to(images.dtype)  # (B, K + D, h, w)
         if background is None:
-            background, _ = self.background(images)  # (B, 3, H, W)
-        # train.py runs the networks above in bf16 on a GPU. Its 8 significant bits are too few from
-        # here on, for positions, exponentials and (17).
+            background, _ = self.background(images)  # (B, 3, H, W); the other is for phase 1
+        # On a GPU, train.py runs the networks above in bf16. The 8 significant bits of bf16 are too
+        # few from here on, for positions, exponentials and (17).
         with torch.autocast(images.device.type, enabled=False):
             latents, attention, attention_position = self.encoder(feature_maps)
             weights, layers, masks, glimpses = self.renderer(latents)
@@ -463,7 +463,7 @@ class ASTSeg(
         shape = getattr(images, "shape", ())
         dtype = getattr(images, "dtype", type(images))
         if shape[1:] != size or dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"images are {dtype} {tuple(shape)}: use float32, B times {size}")
+            raise ValueError(f"images are {dtype} {tuple(shape)}: use float32 tensors (B, *{size})")
         if torch.compiler.is_compiling() or (self.training and self.seen_images):
             return
         low, high = images.aminmax()
@@ -473,24 +473,24 @@ class ASTSeg(
 
     @classmethod
     def from_pretrained(cls, source, **options):
-        """The model of a folder or a hub name, with all of its weights."""
+        """The model of a folder or a hub name. Raises RuntimeError where a weight is missing."""
         return super().from_pretrained(str(source), **{"strict": True, **options})
 
 
 # ==== The paper's own text ends here. Below: what it cites, [38] and metrics, and Table 8. ====
 
-# ---- Sections 4.1 and 4.2.2: the background model of [38] and its loss, which is phase 1 ----
+# ---- Sections 4.1 and 4.2.2: the background model of [38], and its loss in phase 1 ----
 
 # (kind, number of convolutions) -> channels of the encoder, and of the decoder in the same order,
 # from image to latents.
-# differs: those of background/models.py in the authors' code, a little other than [38]'s own
+# open: they are those of background/models.py in the authors' code
 BACKGROUND_CHANNELS = {
     ("simple", 5): ([3, 64, 160, 160, 32, 16], [4, 144, 256, 256, 32, 16]),
     ("simple", 6): ([3, 64, 160, 320, 160, 32, 16], [4, 144, 256, 512, 256, 32, 16]),
     ("simple", 7): ([3, 64, 160, 320, 160, 160, 32, 16], [4, 144, 256, 512, 256, 256, 32, 16]),
     ("complex", 5): ([3, 64, 160, 160, 16, 16], [4, 144, 640, 640, 16, 16]),
     ("complex", 6): ([3, 64, 160, 320, 160, 16, 16], [4, 144, 640, 1280, 640, 16, 16]),
-    # This encoder is as irregular in the authors' code.
+    # The irregular numbers of this encoder are the authors'.
     ("complex", 7): ([3, 64, 320, 640, 640, 320, 16, 16], [4, 144, 640, 1280, 640, 320, 16, 16]),
 }
 
@@ -520,7 +520,7 @@ def row_and_column(x):
     axes = []
     for n in x.shape[2:]:
         line = torch.linspace(-0.5, 0.5, n, device=x.device)  # (n,)
-        axes.append(line if n > 1 else torch.ones_like(line))  # [38] puts a single one at 1
+        axes.append(line if n > 1 else torch.ones_like(line))  # a single one is at 1 in [38]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))  # (2, h, w)
     return grid.to(x.dtype).expand(x.shape[0], -1, -1, -1)
 
@@ -575,7 +575,8 @@ class BackgroundAutoencoder(nn.Module):
         self.decoder = nn.Sequential(*reversed(decoder))
 
     def forward(self, images):
-        # open: images enter in [0, 1]; in the authors' 0..255 the first row and column count less
+        # open: images enter in [0, 1]. The authors feed 0..255, beside which the coordinates of the
+        # first convolution weigh less.
         latents = self.encoder(images)  # (B, 16, 1, 1)
         # The sigmoid is in fp32: bf16 has steps of 1/256 below 1, and a colour is one of 256.
         output = self.decoder(latents).to(images.dtype).sigmoid()  # (B, 4, H, W)
@@ -597,7 +598,7 @@ def robust_background_loss(images, background, predicted_error, strength=6.0, th
     error_of_prediction = distance(predicted_error, error.detach() / 3)  # (B, H, W)
     with torch.no_grad():  # pixels around a large error are objects, and should not teach
         unexplained = (error / threshold).tanh()  # (B, H, W), near 1 from twice the threshold on
-        radius = images.shape[-1] // 75  # [38] averages over windows of 2 radius + 1 pixels
+        radius = images.shape[-1] // 75  # [38]; at 64 pixels it is 0, and nothing is averaged
         average = F.avg_pool2d(  # which takes (B, H, W) for channels, each averaged by itself
             unexplained, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False
         )  # (B, H, W)
@@ -630,12 +631,13 @@ def iou_matrix(table):
 
 
 def mean_iou(table, background=True):
-    """mIoU after a Hungarian matching, or mIoU-FG, without the true background: (n, n) -> a number.
+    """mIoU after a Hungarian matching, or mIoU-FG without the true background: (n, n) -> a number.
 
     The sum of the matched IoUs over the number of matched pairs of which at least one side is in
     the image, as in the authors' code. Section 5.1 refers to [29], whose own tables seem to leave
-    the background pair out. Two labels without a partner count as one pair or as two, whether they
-    are matched to each other or to missing labels: their IoU is 0 either way, and SciPy chooses.
+    the background pair out. A true and a predicted label that overlap nothing may be matched to
+    each other, which is one pair, or each to an absent label, which are two. SciPy decides: the
+    IoUs are 0 either way.
     """
     iou = iou_matrix(table)
     rows, columns = linear_sum_assignment(iou.numpy(), maximize=True)  # rows is 0, 1, ..., n - 1
@@ -936,7 +938,7 @@ def to_model(image, height, width, crop=1.0):
 
     Training, evaluation and `train.py segment` pass here; divided by 255 it is in [0, 1].
     """
-    image = image.crop(crop_box(image.size, height, width, crop))
+    image = image.convert("RGB").crop(crop_box(image.size, height, width, crop))
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).movedim(2, 0)
 
@@ -1139,9 +1141,13 @@ def save_whole(value, path):
 def cache_key(dataset, *settings):
     """A name for settings and for all that decides what they decode to: files, their age, code."""
     reader, *options = DATASETS[dataset]
-    code = inspect.getsource(getattr(reader, "func", reader))  # of a partial, its function
-    code += Path(__file__).read_text().partition("# ==== Data")[2]
-    options += [getattr(reader, "keywords", {})]
+    code = Path(__file__).read_text().partition("# ==== Data")[2]
+    if isinstance(reader, partial):
+        options += [reader.args, reader.keywords]
+        reader = reader.func
+    if reader.__module__ != __name__:  # a fork's own: all of its file counts or, in a notebook, it
+        module = inspect.getmodule(reader)
+        code += inspect.getsource(module if hasattr(module, "__file__") else reader)
     key = hashlib.sha1(repr((dataset, settings, options, code)).encode())
     for folder in (path for path in settings if isinstance(path, Path)):
         for path in [folder] if folder.is_file() else list_files(folder):

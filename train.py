@@ -158,14 +158,15 @@ PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRES
 
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
-    print(f"{t.dataset} {t.data} on {t.device}, output: {t.output}")
-    if t.background_steps < t.background_warmup or t.steps < max(t.warmup, t.entropy_warmup):
-        print("warning: a warm-up is longer than its phase, and never reaches its full value")
-    state = load_checkpoint(t)  # of a new run: no model, no optimizer, and all counts are 0
+    print(f"{t.dataset} {t.data}, {t.slots} slots, on {t.device}, output: {t.output}")
+    beginnings = max(t.background_warmup, t.background_plain_steps), max(t.warmup, t.entropy_warmup)
+    if beginnings[0] > t.background_steps or beginnings[1] > t.steps:
+        print("warning: a warm-up is longer than its phase, and does not end in it")
+    state = load_checkpoint(t)  # of a new run: counts of 0, and no model nor optimizer
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
-        images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds and model want room too
+        images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds want as much, models more
     model = build_model(t, state)
     update = state["update"]  # counts through all phases
     log = state["log"]
@@ -180,10 +181,10 @@ def train(t: Training):
             first = state["step"]
         if first == stop:
             continue
+        # In phase 2 the background model does not change: its images are made once.
         backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
-        network = None  # frees what was recorded for the phase before
-        network = model.background if phase == "background" else model
-        network = record(network, images, backgrounds, batch, t)  # the same, faster on a GPU
+        network = None  # on a GPU, frees what record made for the phase before
+        network = record(model, phase, images, backgrounds, batch, t)  # autoencoder, or the model
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         losses = []
         row_began = time.perf_counter()
@@ -194,7 +195,7 @@ def train(t: Training):
             torch.manual_seed(1_000_000 * t.seed + update)
             index = torch.randint(len(images), (batch,))
             batch_images = images[index].to(t.device) / 255  # (B, 3, H, W)
-            background = None  # the model makes its own
+            background = None  # in phase 3, the model makes its own
             if phase == "foreground":
                 background = backgrounds[index].to(t.device) / 255  # (B, 3, H, W)
             lr = learning_rate(phase, step, t)
@@ -242,7 +243,7 @@ def curriculum(t: Training):
     """
     if t.scenario == "BT":
         return [("joint", 0, t.steps, t.batch)]
-    phase2_steps = t.phase2_steps if t.scenario == "CT" else t.steps
+    phase2_steps = {"CT": t.phase2_steps, "frozen": t.steps}[t.scenario]
     phases = [
         ("background", 0, t.background_steps, t.background_batch),
         ("foreground", 0, phase2_steps, t.batch),  # open: phases 2 and 3 share one step counter
@@ -254,8 +255,8 @@ def curriculum(t: Training):
 def make_optimizer(model, phase, t: Training):
     """Adam over all parameters, whatever the phase.
 
-    In phase 1 only the autoencoder runs, in phase 2 all but the autoencoder. What does not run has
-    no gradient, and Adam passes it over.
+    This is how a phase freezes parts: in phase 1 only the autoencoder runs, in phase 2 all but the
+    autoencoder. What does not run has no gradient (None), and Adam passes it over.
     """
     factors = {  # on the learning rate, by the beginning of a parameter's name
         "encoder.refinement.": t.refinement_lr_factor,
@@ -269,7 +270,7 @@ def make_optimizer(model, phase, t: Training):
         groups[start]["params"].append(parameter)
     if phase == "background":  # open: Adam with its default betas
         return torch.optim.Adam(groups.values(), fused=True)
-    # open: phase 3 starts a fresh Adam, without a warm-up, and has no robust loss any more
+    # open: phase 3 starts a fresh Adam, without a warm-up
     return torch.optim.Adam(groups.values(), betas=(0.9, 0.98), eps=1e-9, fused=True)
 
 
@@ -280,11 +281,9 @@ def learning_rate(phase, step, t: Training):
         return t.background_lr * astseg.quadratic_warmup(step, t.background_warmup) * fall
     step += 1  # open: the authors count phase 1 from 0 here, but phases 2 and 3 from 1
     start = t.decay_at * t.steps
-    fall = 1.0
-    if step >= start and t.decay == "step":
-        fall = 0.1
-    elif step >= start:  # differs: a line that ends at zero, in the preset shapes
-        fall = (t.steps - step) / max(1.0, t.steps - start)
+    # differs: "linear", in the preset shapes, is a line that ends at zero
+    falls = {"step": 0.1, "linear": (t.steps - step) / max(1.0, t.steps - start)}
+    fall = falls[t.decay] if step >= start else 1.0
     return t.lr * astseg.quadratic_warmup(step, t.warmup) * fall
 
 
@@ -296,8 +295,8 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
     """
     with mixed_precision(t):
         if phase == "background":
-            # differs: the robust weight would take grounds that it does not know for objects.
-            # Without it they are learned, and objects leave again once it sets in.
+            # differs: the robust weight ignores what the background cannot draw yet, and so never
+            # lets it learn. Without the weight it learns all; with it, then, it forgets objects.
             strength = 0.0 if step < t.background_plain_steps else 6.0
             background, predicted_error = network(images)
             loss = astseg.robust_background_loss(images, background, predicted_error, strength)
@@ -413,12 +412,13 @@ def mixed_precision(t: Training):
     return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def record(network, images, backgrounds, batch, t: Training):
-    """The network as it is or, on a GPU, its CUDA graph for batches of this size.
+def record(model, phase, images, backgrounds, batch, t: Training):
+    """The network that learns in a phase, as it is or, on a GPU, as a CUDA graph.
 
     A step is a thousand short kernels. They are recorded once and replayed; else the GPU would wait
     for Python between them.
     """
+    network = model.background if phase == "background" else model
     if not (t.device.startswith("cuda") and t.cuda_graphs):
         return network
     # The recording makes gradients on a stream of its own, which is meant so.
@@ -447,13 +447,13 @@ def load_checkpoint(t: Training):
             raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
         torch.cuda.set_device(torch.device(t.device).index or 0)
     path = Path(t.output, "checkpoint.pt")
+    wanted = json.loads(json.dumps(asdict(t)))
     if not path.exists():
         return dict(phase_number=0, update=0, seconds=0.0, log=[])
     for left in path.parent.glob("checkpoint.pt.*.tmp"):  # by a process that was killed
         left.unlink()
     state = torch.load(path, map_location="cpu", weights_only=True)
     saved = state["settings"]
-    wanted = asdict(t)
     other = [name for name in wanted if wanted[name] != saved.get(name) and name not in MAY_DIFFER]
     if other or t.steps < saved["steps"]:
         changed = ", ".join(f"{name} {saved.get(name)}" for name in other or ["steps"])
@@ -622,11 +622,15 @@ class Evaluate:
 
 def evaluate_runs(command: Evaluate):
     rows = []
-    for folder in dict.fromkeys(command.runs):
+    for folder in dict.fromkeys(path.resolve() for path in command.runs):
         settings, model = open_run(folder)
-        if command.dataset or command.data:
-            dataset = command.dataset or settings.dataset
-            settings = replace(settings, dataset=dataset, data=command.data, masks=command.masks)
+        if command.dataset or command.data or command.masks:  # the run's masks are for its own data
+            settings = replace(
+                settings,
+                dataset=command.dataset or settings.dataset,
+                data=command.data or ("" if command.dataset else settings.data),
+                masks=command.masks,
+            )
         (test,) = load_data(settings, "test")
         rows.append((folder.name, evaluate(model, test)))
     if len(rows) > 1:
