@@ -39,9 +39,9 @@ feature map. One batch, from images to loss:
 
 Equations (2), (3) and (5)-(9) are in equivariance_proof.ipynb; phases, optimiser and rates of the
 training (sections 4.2.2, 5.1) are in train.py. Colours, masks and attention lie in [0, 1].
-Positions are (x, y); tensors are indexed [row, column] from 0, the paper's (i, j) from 1. Label 0
-is the background, label k is slot k, whose index among K slots is k - 1. "# open:" marks a choice
-that the paper leaves open, "# differs:" what we do otherwise than the paper.
+Positions are (x, y); tensors are indexed [row, column] from 0, the paper's (i, j) is (column, row)
+from 1. Label 0 is the background, label k is slot k, whose index among K slots is k - 1. "# open:"
+marks a choice that the paper leaves open, "# differs:" what we do otherwise than the paper.
 """
 
 from dataclasses import dataclass, fields
@@ -124,8 +124,8 @@ class SegformerGenerator(nn.Module):
         """Take the backbone of a hub model or folder, in eval mode: call model.train() after it."""
         options = dict(config=self.network.config, dtype=torch.float32, output_loading_info=True)
         backbone, report = SegformerModel.from_pretrained(source, **options)
-        too_many = [key for key in report["unexpected_keys"] if "encoder." in key]
-        if report["missing_keys"] or too_many:  # transformers would only warn
+        larger = [key for key in report["unexpected_keys"] if "encoder." in key]  # a head is fine
+        if report["missing_keys"] or larger:  # transformers would only warn
             raise ValueError(f"{source} has no Segformer backbone of this size")
         self.network.segformer = backbone
 
@@ -205,8 +205,8 @@ class Encoder(nn.Module):
     def split_latents(self, refined):
         """(B, K, D + 2), the refined (x_k, y_k, phi_k) -> Latents, each in its range."""
         position, s, activation, z_what = refined.split(self.split_sizes, dim=-1)
-        # Outside, the clamp has no gradient. We saw too high a learning rate drive positions there.
-        # What other slots and images teach the shared weights can bring them back, or not.
+        # Outside, the clamp has no gradient. We saw too high a learning rate drive positions there;
+        # only updates of the shared weights by other slots and images may bring them back.
         position = position.clamp(-1, 1)  # (B, K, 2)
         s = self.s_min + (self.s_max - self.s_min) * s.sigmoid()  # (B, K, 1 or 2)
         scale = s.expand_as(position)  # (B, K, 2); isotropic: one number serves both axes
@@ -401,7 +401,7 @@ class ASTSeg(
 
     def __init__(self, config):
         super().__init__()
-        if isinstance(config, dict):  # of a saved config.json: no name may be missing or unknown
+        if isinstance(config, dict):  # from config.json; missing: KeyError, unknown: TypeError
             config = Config(**({f.name: config[f.name] for f in fields(Config)} | config))
         self.config = config
         size = config.height, config.width

@@ -60,7 +60,7 @@ class Training(Config):
     decay: Literal["step", "linear"] = "step"  # at once to a tenth, or along a line to zero
     entropy_weight: float = 1e-2  # weight of the entropy loss, lambda_pixel
     entropy_warmup: int = 10_000  # steps over which entropy_weight grows from 0, N_pixel
-    refinement_start: Literal["stock", "identity"] = "stock"  # PyTorch's start, or the identity
+    refinement_start: Literal["stock", "identity"] = "stock"  # PyTorch's, or output = input
     refinement_lr_factor: float = 1.0  # the transformer encoder's rate is lr times this
     alpha_0_lr_factor: float = 1.0  # and so for the background's activation
     glimpse_lr_factor: float = 1.0  # and so for the glimpse generator
@@ -112,7 +112,7 @@ SMALL = dict(
     refinement_start="identity",  # PyTorch's start idles for thousands of steps
     # differs: the paper has one learning rate for all parts.
     refinement_lr_factor=0.1,  # if higher, slots are driven to the image's border and stay there
-    alpha_0_lr_factor=0.33,  # if higher, alpha_0 falls until objects take their rims
+    alpha_0_lr_factor=0.33,  # if higher, alpha_0 falls, and masks take in the objects' rims
     glimpse_lr_factor=3.0,  # if lower, glimpses lag behind positions
     save_every=500,
 )
@@ -122,7 +122,7 @@ SHAPES = SMALL | dict(
     width=48,
     slots=4,
     dropout=0.0,  # it blurs glimpses, and 8000 images are not learned by heart
-    scale_max=6.0,  # the smallest object is a third of the image
+    scale_max=6.0,  # a glimpse is a sixth of the image at least, the smallest object a third
     log_alpha_0=3.5,
     background_steps=3000,  # twelve walls in changing light
     background_lr=2e-3,  # the paper's; a low rate does not tell the walls apart in time
@@ -130,7 +130,7 @@ SHAPES = SMALL | dict(
     background_plain_steps=1000,  # without them, seed 0 painted one wall for all
     steps=10_000,
     phase2_steps=9500,
-    batch=16,  # 32 learns less in half as many steps, 8 far less in as many
+    batch=16,  # better than 32 in half as many steps, and far better than 8 in as many
     warmup=200,
     decay="linear",  # goes on learning while it sharpens masks
     entropy_weight=0.08,  # if lower, two slots share an object
@@ -159,14 +159,14 @@ PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRES
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
     print(f"{t.dataset} {t.data}, {t.slots} slots, on {t.device}, output: {t.output}")
-    beginnings = max(t.background_warmup, t.background_plain_steps), max(t.warmup, t.entropy_warmup)
-    if beginnings[0] > t.background_steps or beginnings[1] > t.steps:
+    beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
+    if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
         print("warning: a warm-up is longer than its phase, and does not end in it")
     state = load_checkpoint(t)  # of a new run: counts of 0, and no model nor optimizer
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
-        images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds want as much, models more
+        images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds will take as much
     model = build_model(t, state)
     update = state["update"]  # counts through all phases
     log = state["log"]
@@ -179,12 +179,13 @@ def train(t: Training):
         if number == state["phase_number"] and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
-        if first == stop:
+        if first == stop:  # the checkpoint is the end of this phase
             continue
         # In phase 2 the background model does not change: its images are made once.
         backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
-        network = None  # on a GPU, frees what record made for the phase before
-        network = record(model, phase, images, backgrounds, batch, t)  # autoencoder, or the model
+        network = None  # frees the CUDA graph of the phase before
+        # The autoencoder in phase 1, else the model; on a GPU, a CUDA graph of it.
+        network = record(model, phase, images, backgrounds, batch, t)
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         losses = []
         row_began = time.perf_counter()
@@ -279,7 +280,7 @@ def learning_rate(phase, step, t: Training):
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
         fall = 0.1 if step >= 0.8 * t.background_steps else 1.0
         return t.background_lr * astseg.quadratic_warmup(step, t.background_warmup) * fall
-    step += 1  # open: the authors count phase 1 from 0 here, but phases 2 and 3 from 1
+    step += 1  # open: as in the authors' code, where phase 1 and the entropy weight count from 0
     start = t.decay_at * t.steps
     # differs: "linear", in the preset shapes, is a line that ends at zero
     falls = {"step": 0.1, "linear": (t.steps - step) / max(1.0, t.steps - start)}
@@ -295,10 +296,10 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
     """
     with mixed_precision(t):
         if phase == "background":
-            # differs: the robust weight ignores what the background cannot draw yet, and so never
-            # lets it learn. Without the weight it learns all; with it, then, it forgets objects.
+            # [38] weighs a pixel less, the larger its error; at a strength of 0 all weigh the same.
+            # differs: first steps of strength 0 learn all; then the weight makes it forget objects.
             strength = 0.0 if step < t.background_plain_steps else 6.0
-            background, predicted_error = network(images)
+            background, predicted_error = network(images)  # (B, 3, H, W), (B, H, W): both learn
             loss = astseg.robust_background_loss(images, background, predicted_error, strength)
             terms = {"background": loss}
         else:
