@@ -1382,6 +1382,7 @@ def test_each_ablation_of_table_4_changes_what_it_says(tmp_path):
 
 def test_pictures_show_what_they_are_named():
     model, data = ASTSeg(Config(**SMALL, log_alpha_0=-2.0)), DRAW(3, 0, 32)
+    model.generator.network.decode_head.classifier.weight.data *= 1000  # positions off the centre
     rows, slots = train.figure_2(model, data), train.slot_rows(model, data)
     images = data.images / 255
     with torch.no_grad():
@@ -1395,6 +1396,7 @@ def test_pictures_show_what_they_are_named():
         assert torch.equal(rows["true labels"][b, :, j, i], palette[data.labels[b, j, i].long()])
         assert torch.equal(rows["segmentation"][b, :, j, i], palette[labels[b, j, i]])
     assert torch.equal(rows["input"], images)
+    assert output.attention_position.abs().amax((0, 1)).min() > 0.2
     assert torch.equal(rows["reconstruction"], output.reconstruction)
     assert torch.equal(rows["background"], output.background)
     assert list(slots) == [f"{n} {b}" for b in (1, 2, 3) for n in ("attention", "glimpse", "layer")]
