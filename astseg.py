@@ -1145,9 +1145,10 @@ def cache_key(dataset, *settings):
     if isinstance(reader, partial):
         options += [reader.args, reader.keywords]
         reader = reader.func
-    if reader.__module__ != __name__:  # a fork's own: all of its file counts or, in a notebook, it
-        module = inspect.getmodule(reader)
-        code += inspect.getsource(module if hasattr(module, "__file__") else reader)
+    code += inspect.getsource(reader)
+    module = inspect.getmodule(reader)
+    if module.__name__ != __name__ and hasattr(module, "__file__"):  # a fork's own file
+        code += inspect.getsource(module)
     key = hashlib.sha1(repr((dataset, settings, options, code)).encode())
     for folder in (path for path in settings if isinstance(path, Path)):
         for path in [folder] if folder.is_file() else list_files(folder):
