@@ -26,6 +26,7 @@ from copy import deepcopy
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 # The sizes here are tiny: several threads would only wait for each other. The bits are a CPU's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -1494,6 +1495,14 @@ def test_common_mistakes_are_refused_in_a_line_and_leave_nothing(
         train.main(arguments.split())
     assert message in capsys.readouterr().err + str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_one_line_and_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    for words, kind in (("can't allocate memory: 9 bytes", SystemExit), ("a bug", RuntimeError)):
+        fails = mock.Mock(side_effect=RuntimeError(words))
+        monkeypatch.setattr(astseg, "draw_shapes", fails)
+        with pytest.raises(kind, match=words):
+            train.main(["--output", str(tmp_path)])
 
 
 def test_warmups_that_are_longer_than_their_phase_are_said(tmp_path, capsys):

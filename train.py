@@ -690,7 +690,11 @@ def main(arguments):
             commands, args=arguments, prog="train.py", description=__doc__, use_underscores=True
         )
         actions[type(command)](command)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    except RuntimeError as error:
+        if "memory" not in str(error):  # a GPU's or a CPU's; other errors keep their traceback
+            raise
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
