@@ -1172,7 +1172,8 @@ def load_dataset(dataset, data, masks, height, width, cache="cache"):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(decode(*settings), path)
         source = f"decoded into {path}"
-    parts = {name: Images(*part) for name, part in torch.load(path, mmap=True).items()}
+    parts = torch.load(path, mmap=True, weights_only=True)
+    parts = {name: Images(*part) for name, part in parts.items()}
     counts = ", ".join(f"{len(part.images)} {name}" for name, part in parts.items())
     line = f"{dataset} {data}: {counts} images"
     maps = [part.labels for part in parts.values() if part.labels is not None]

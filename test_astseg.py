@@ -1510,7 +1510,7 @@ def test_warmups_that_are_longer_than_their_phase_are_said(tmp_path, capsys):
     assert "warning: a warm-up is longer" in capsys.readouterr().out
     assert run_tiny(tmp_path / "b", "--entropy_warmup", "12")
     out = capsys.readouterr().out
-    assert "warning" not in out and f"shapes , 4 slots, on cpu, output: {tmp_path}/b" in out
+    assert "warning" not in out and f"shapes, 4 slots, on cpu, output: {tmp_path}/b" in out
 
 
 # ---- Data sets, in tiny files of the exact formats ----

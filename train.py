@@ -158,7 +158,8 @@ PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRES
 
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
-    print(f"{t.dataset} {t.data}, {t.slots} slots, on {t.device}, output: {t.output}")
+    source = f"{t.dataset} {t.data}".strip()
+    print(f"{source}, {t.slots} slots, on {t.device}, output: {t.output}")
     beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
     if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
         print("warning: a warm-up is longer than its phase, and does not end in it")
@@ -451,14 +452,14 @@ def load_checkpoint(t: Training):
     wanted = json.loads(json.dumps(asdict(t)))
     if not path.exists():
         return dict(phase_number=0, update=0, seconds=0.0, log=[])
-    for left in path.parent.glob("checkpoint.pt.*.tmp"):  # by a process that was killed
-        left.unlink()
     state = torch.load(path, map_location="cpu", weights_only=True)
     saved = state["settings"]
     other = [name for name in wanted if wanted[name] != saved.get(name) and name not in MAY_DIFFER]
     if other or t.steps < saved["steps"]:
         changed = ", ".join(f"{name} {saved.get(name)}" for name in other or ["steps"])
         raise ValueError(f"{t.output} holds a run of {changed}: name another --output")
+    for left in path.parent.glob("checkpoint.pt.*.tmp"):  # by a process that was killed
+        left.unlink()
     print(f"{t.output}: goes on after {state['update']} updates")
     return state
 
