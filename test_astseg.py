@@ -902,9 +902,8 @@ def test_the_schedule_of_each_scenario():
     assert train.curriculum(t) == [background, *both]
     assert train.curriculum(replace(t, scenario="BT")) == [("joint", 0, 125_000, 64)]
     frozen = train.curriculum(replace(t, scenario="frozen"))
-    assert frozen == [background, ("foreground", 0, 125_000, 64)]
-    assert train.curriculum(replace(t, phase2_steps=0)) == [background, ("joint", 0, 125_000, 64)]
-    assert train.curriculum(replace(t, background_steps=0)) == both
+    to_the_end = [("foreground", 0, 125_000, 64), ("joint", 125_000, 125_000, 64)]
+    assert frozen == [background, *to_the_end]
 
 
 def test_the_learning_rate_at_its_corners():

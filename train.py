@@ -33,12 +33,14 @@ from PIL import Image, ImageDraw
 import astseg
 from astseg import ASTSeg, Config, Images
 
+# "# open:" marks what the paper leaves open, "# differs:" what we do otherwise than the paper.
+
 # ---- Settings: the paper's, and presets that replace some ----
 
 
 @dataclass(frozen=True)
 class Training(Config):
-    """The architecture, and data, curriculum and optimisers, by default the paper's (Table 6)."""
+    """The architecture (astseg.Config), and data, curriculum, optimisers: the paper's (Table 6)."""
 
     dataset: str = "clevrtex"  # shapes, which are drawn, or a name of astseg.DATASETS
     data: str = ""  # folder or file of the data set
@@ -50,7 +52,7 @@ class Training(Config):
     background_batch: int = 128  # images per step of phase 1
     background_lr: float = 2e-3  # learning rate of phase 1
     background_warmup: int = 0  # steps over which background_lr grows from 0
-    background_plain_steps: int = 0  # first steps of phase 1, in which all pixels weigh the same
+    background_plain_steps: int = 0  # first steps of phase 1, without [38]'s robust weight
     steps: int = 125_000  # steps of phases 2 and 3 together
     phase2_steps: int = 30_000  # of these with a frozen background
     batch: int = 64  # images per step of phases 2 and 3
@@ -72,7 +74,7 @@ class Training(Config):
     cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
     seed: int = 0  # of weights, choice of images, dropout
     log_every: int = 100  # steps between rows of the log
-    save_every: int = 5_000  # steps between evaluations, each with a picture and a checkpoint
+    save_every: int = 5_000  # steps between checkpoints, each with a picture and an evaluation
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,8 +84,8 @@ class Training(Config):
             raise ValueError(f"decay_at is {self.decay_at}: use a share of the steps, 0..1")
 
 
-# differs: small sizes, short schedules and random weights, for two CPU cores. No part of the model
-# is left out.
+# differs: all of these values, and random weights, are for two CPU cores. No part of the model is
+# left out.
 SMALL = dict(
     dataset="folder",
     height=64,  # a fourth of the pixels of 128 x 128
@@ -94,7 +96,7 @@ SMALL = dict(
     dim_transformer=128,  # this, and the next two: enough for a handful of slots
     dim_feedforward=256,
     transformer_layers=2,
-    scale_max=10.0,  # no glimpse is smaller than a tenth of such an image
+    scale_max=10.0,  # no glimpse is smaller than a tenth of the image
     log_alpha_0=4.0,  # objects must show within hundreds of steps, not thousands
     background_kind="simple",  # learns textured walls too, at this size
     background_width=0.25,
@@ -122,7 +124,7 @@ SHAPES = SMALL | dict(
     width=48,
     slots=4,
     dropout=0.0,  # it blurs glimpses, and 8000 images are not learned by heart
-    scale_max=6.0,  # a glimpse is a sixth of the image at least, the smallest object a third
+    scale_max=6.0,  # a glimpse is a sixth of the image at least, the smallest object a quarter
     log_alpha_0=3.5,
     background_steps=3000,  # twelve walls in changing light
     background_lr=2e-3,  # the paper's; a low rate does not tell the walls apart in time
@@ -130,7 +132,7 @@ SHAPES = SMALL | dict(
     background_plain_steps=1000,  # without them, seed 0 painted one wall for all
     steps=10_000,
     phase2_steps=9500,
-    batch=16,  # better than 32 in half as many steps, and far better than 8 in as many
+    batch=16,  # better than 32 in half as many steps
     warmup=200,
     decay="linear",  # goes on learning while it sharpens masks
     entropy_weight=0.08,  # if lower, two slots share an object
@@ -153,17 +155,11 @@ PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRES
 
 
 # ---- The loop, and below it the four functions that say what it does ----
-# "# open:" marks what the paper leaves open, "# differs:" what we do otherwise than the paper.
 
 
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
-    source = f"{t.dataset} {t.data}".strip()
-    print(f"{source}, {t.slots} slots, on {t.device}, output: {t.output}")
-    beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
-    if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
-        print("warning: a warm-up is longer than its phase, and does not end in it")
-    state = load_checkpoint(t)  # of a new run: counts of 0, and no model nor optimizer
+    state = start_or_resume(t)  # of a new run: counts of 0, and no model nor optimizer
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
@@ -180,15 +176,15 @@ def train(t: Training):
         if number == state["phase_number"] and "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
             first = state["step"]
-        if first == stop:  # the checkpoint is the end of this phase
+        if first == stop:  # nothing is left of this phase
             continue
         # In phase 2 the background model does not change: its images are made once.
         backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
         network = None  # frees the CUDA graph of the phase before
         # The autoencoder in phase 1, else the model; on a GPU, a CUDA graph of it.
-        network = record(model, phase, images, backgrounds, batch, t)
+        network = make_network(model, phase, images, backgrounds, batch, t)
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
-        losses = []
+        recent = []
         row_began = time.perf_counter()
         model.train()
         for step in range(first, stop):
@@ -204,7 +200,7 @@ def train(t: Training):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             terms = training_step(network, optimizer, phase, step, batch_images, background, t)
-            losses.append(terms)
+            recent.append(terms)
             update += 1
 
             # From here on: log, evaluate, draw, save.
@@ -214,11 +210,10 @@ def train(t: Training):
                 continue
             row = dict(phase=phase, step=done, update=update, lr=lr)
             for name in terms:
-                row[name] = torch.stack([loss[name] for loss in losses]).mean().item()
+                row[name] = torch.stack([past[name] for past in recent]).mean().item()
             if not math.isfinite(row["loss"]):
-                way = "start again with a lower rate and another --output"
-                raise ValueError(f"the loss is {row['loss']} in phase {phase}: {way}")
-            pace = len(losses) / (time.perf_counter() - row_began)  # steps per second
+                raise ValueError(f"the loss is {row['loss']} in phase {phase}: try a lower rate")
+            pace = len(recent) / (time.perf_counter() - row_began)  # steps per second
             row |= {"images/s": pace * batch, "left": (stop - done) / pace}  # seconds of the phase
             if save_now and phase != "background":
                 row |= evaluate(model, evenly_spaced(val, 200))
@@ -226,12 +221,12 @@ def train(t: Training):
             write_log(log, t)
             if save_now:
                 seconds = time.perf_counter() - run_began
-                place = dict(
+                progress = dict(
                     phase_number=number, step=done, update=update, seconds=seconds, log=log
                 )
-                save_checkpoint(model, optimizer, place, t)
+                save_checkpoint(model, optimizer, progress, t)
                 draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
-            losses = []
+            recent = []
             row_began = time.perf_counter()
             model.train()  # after the evaluation
     return write_results(model, test, time.perf_counter() - run_began, t)
@@ -241,17 +236,17 @@ def curriculum(t: Training):
     """The phases of a scenario: (name, first step, stop, images per step), section 4.2.2.
 
     Phase 1 trains the background alone. In phase 2, "foreground", it is frozen; in phase 3,
-    "joint", all learns. In the scenario "frozen" of section 5.2, phase 2 goes on to the end.
+    "joint", all learns. In the scenario "frozen" of section 5.2, phase 2 goes on to the end, and no
+    step is left for phase 3.
     """
     if t.scenario == "BT":
         return [("joint", 0, t.steps, t.batch)]
     phase2_steps = {"CT": t.phase2_steps, "frozen": t.steps}[t.scenario]
-    phases = [
+    return [
         ("background", 0, t.background_steps, t.background_batch),
         ("foreground", 0, phase2_steps, t.batch),  # open: phases 2 and 3 share one step counter
         ("joint", phase2_steps, t.steps, t.batch),
     ]
-    return [(name, first, stop, batch) for name, first, stop, batch in phases if first < stop]
 
 
 def make_optimizer(model, phase, t: Training):
@@ -264,12 +259,12 @@ def make_optimizer(model, phase, t: Training):
         "encoder.refinement.": t.refinement_lr_factor,
         "renderer.glimpse_generator.": t.glimpse_lr_factor,
         "renderer.log_alpha_0": t.alpha_0_lr_factor,
-        "": 1.0,  # all other names begin with nothing
+        "": 1.0,  # which every name begins with: all the rest
     }
-    groups = {start: dict(params=[], factor=factor) for start, factor in factors.items()}
+    groups = {prefix: dict(params=[], factor=factor) for prefix, factor in factors.items()}
     for name, parameter in model.named_parameters():
-        start = next(start for start in factors if name.startswith(start))
-        groups[start]["params"].append(parameter)
+        prefix = next(prefix for prefix in factors if name.startswith(prefix))
+        groups[prefix]["params"].append(parameter)
     if phase == "background":  # open: Adam with its default betas
         return torch.optim.Adam(groups.values(), fused=True)
     # open: phase 3 starts a fresh Adam, without a warm-up
@@ -281,7 +276,7 @@ def learning_rate(phase, step, t: Training):
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
         fall = 0.1 if step >= 0.8 * t.background_steps else 1.0
         return t.background_lr * astseg.quadratic_warmup(step, t.background_warmup) * fall
-    step += 1  # open: as in the authors' code, where phase 1 and the entropy weight count from 0
+    step += 1  # open: counted from 1 here, as in the authors' code; elsewhere from 0
     start = t.decay_at * t.steps
     # differs: "linear", in the preset shapes, is a line that ends at zero
     falls = {"step": 0.1, "linear": (t.steps - step) / max(1.0, t.steps - start)}
@@ -298,20 +293,20 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
     with mixed_precision(t):
         if phase == "background":
             # [38] weighs a pixel less, the larger its error; at a strength of 0 all weigh the same.
-            # differs: first steps of strength 0 learn all; then the weight makes it forget objects.
+            # differs: at first so, which learns objects too; then the weight makes it forget them.
             strength = 0.0 if step < t.background_plain_steps else 6.0
-            background, predicted_error = network(images)  # (B, 3, H, W), (B, H, W): both learn
-            loss = astseg.robust_background_loss(images, background, predicted_error, strength)
+            painted, predicted_error = network(images)  # (B, 3, H, W), (B, H, W): both learn
+            loss = astseg.robust_background_loss(images, painted, predicted_error, strength)
             terms = {"background": loss}
         else:
             output = network(images, background)
             terms = astseg.full_loss(images, output, step, t.entropy_weight, t.entropy_warmup)
-        loss = sum(terms.values())  # eq. (22)
+        terms["loss"] = sum(terms.values())  # eq. (22)
     optimizer.zero_grad()
-    loss.backward()
+    terms["loss"].backward()
     optimizer.step()
     # Detached, or a step's graph would outlive it.
-    return {name: term.detach() for name, term in (terms | dict(loss=loss)).items()}
+    return {name: term.detach() for name, term in terms.items()}
 
 
 # ==== Nothing below is needed to understand the training. ====
@@ -414,7 +409,7 @@ def mixed_precision(t: Training):
     return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
 
 
-def record(model, phase, images, backgrounds, batch, t: Training):
+def make_network(model, phase, images, backgrounds, batch, t: Training):
     """The network that learns in a phase, as it is or, on a GPU, as a CUDA graph.
 
     A step is a thousand short kernels. They are recorded once and replayed; else the GPU would wait
@@ -439,11 +434,16 @@ def record(model, phase, images, backgrounds, batch, t: Training):
 MAY_DIFFER = ("steps", "output", "cache", "device", "cuda_graphs", "log_every", "save_every")
 
 
-def load_checkpoint(t: Training):
+def start_or_resume(t: Training):
     """Where the run in the folder stands. Raises ValueError if its settings are others.
 
     A run may get more steps, also when it has finished. Its rate is then that of the longer run.
     """
+    source = f"{t.dataset} {t.data}".strip()
+    print(f"{source}, {t.slots} slots, on {t.device}, output: {t.output}")
+    beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
+    if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
+        print("warning: a warm-up is longer than its phase, and does not end in it")
     if t.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
@@ -464,7 +464,7 @@ def load_checkpoint(t: Training):
     return state
 
 
-def save_checkpoint(model, optimizer, place, t: Training):
+def save_checkpoint(model, optimizer, progress, t: Training):
     """model/ and settings.json for the run's users; last, checkpoint.pt, to go on from."""
     folder = Path(t.output)
     model.save_pretrained(folder / "model")
@@ -472,7 +472,7 @@ def save_checkpoint(model, optimizer, place, t: Training):
     shutil.copymode(folder / "model" / "config.json", folder / "model" / "model.safetensors")
     (folder / "settings.json").write_text(json.dumps(asdict(t), indent=1))
     state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), settings=asdict(t))
-    astseg.save_whole(place | state, folder / "checkpoint.pt")
+    astseg.save_whole(progress | state, folder / "checkpoint.pt")
 
 
 COLUMNS = "step loss mIoU ARI-FG foreground active clamped alpha_0 images/s left".split()
