@@ -721,10 +721,8 @@ class UNetGenerator(nn.Module):
         for level in (4, 3, 2, 1, 0):
             both = 2 * widths[level + 1]  # what comes from below, and the skip
             odd = (height >> level) % 2, (width >> level) % 2  # open: odd sizes are padded
-            up = nn.ConvTranspose2d(
-                both, widths[level], kernel_size=4, stride=2, padding=1, output_padding=odd,
-                bias=False,
-            )  # fmt: skip
+            shape = dict(kernel_size=4, stride=2, padding=1, output_padding=odd)
+            up = nn.ConvTranspose2d(both, widths[level], bias=False, **shape)
             residual = Residual(conv_block(both, both))
             self.up.append(nn.Sequential(residual, up, nn.BatchNorm2d(widths[level]), nn.CELU()))
         # open: the last two convolutions have neither norm nor CELU, and no convolution has a bias
@@ -760,7 +758,6 @@ import inspect
 import itertools
 import math
 import os
-import re
 from collections import Counter
 from contextlib import suppress
 from functools import partial
@@ -964,19 +961,6 @@ def labels_to_image(labels, size, crop=1.0):
 # ---- Readers: generators of (image, label map or None, part or "" to cut by order) ----
 
 
-def list_files(folder, suffixes=None):
-    """Files of a folder and below it, sorted. Hidden names and links to folders are passed over."""
-
-    def refuse(error):  # a folder that cannot be read
-        raise error
-
-    files = []
-    for where, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(where, name) for name in names if not name.startswith(".")]
-    return sorted(path for path in files if not suffixes or path.suffix.lower() in suffixes)
-
-
 def part_of(name):
     """The part of an image of a folder: its first sub-folder, or else a hash of its name.
 
@@ -990,8 +974,10 @@ def part_of(name):
 
 def read_folder(data, masks=None):
     """PNG, JPEG and WebP images; masks of the same sub-folder and name in a folder of their own."""
-    paths = list_files(data, (".png", ".jpg", ".jpeg", ".webp"))
+    suffixes = ".png", ".jpg", ".jpeg", ".webp"
+    paths = [path for path in sorted(data.rglob("*")) if path.suffix.lower() in suffixes]
     names = [path.relative_to(data) for path in paths if masks not in path.parents]
+    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     folders = Counter(name.parent.as_posix() for name in names)
     print(f"{data}: images by sub-folder:", ", ".join(f"{f} {n}" for f, n in folders.items()))
     if masks and len({name.with_suffix("") for name in names}) < len(names):
@@ -1008,8 +994,7 @@ def read_clevrtex(data, variant):
     """CLEVRTEX_<variant>_NNNNNN.png with ..._NNNNNN_flat.png, whose palette indices are labels."""
     # open: outd is one test set; camo too has a test part, its first 10 %
     part = "test" if variant == "outd" else ""
-    pattern = rf"CLEVRTEX_{variant}_\d+\.png"
-    paths = [path for path in list_files(data, (".png",)) if re.fullmatch(pattern, path.name)]
+    paths = data.rglob(f"CLEVRTEX_{variant}_??????.png")
     for path in sorted(paths, key=lambda path: path.name):
         yield open_image(path), open_labels(path.with_name(f"{path.stem}_flat.png")), part
 
@@ -1018,22 +1003,21 @@ def read_shapestacks(data):
     """recordings/<scenario>/rgb-*.png and iseg/<scenario>/*.map, by splits/default/<part>.txt."""
     for part, name in {"test": "test", "val": "eval", "train": "train"}.items():
         for scenario in (data / f"splits/default/{name}.txt").read_text().split():
-            for path in list_files(data / f"recordings/{scenario}", (".png",)):
-                if path.name.startswith("rgb-") and path.name.endswith("-mono-0.png"):
+            for path in sorted((data / f"recordings/{scenario}").iterdir()):
+                if path.match("rgb-*-mono-0.png"):
                     camera = path.stem.split("-cam_")[1]
                     mask = f"iseg/{scenario}/iseg-w=0-f=0-l=0-c=original-cam_{camera}.map"
                     labels = np.array(open_image(data / mask, mask=True).getchannel(0)) // 32
                     yield open_image(path), labels, part
 
 
-def read_tfrecords(data, name, shape, scenery):
+def read_tfrecords(path, shape, scenery):
     """tf.train.Examples with `image` and `mask`, GZIP or not; the first masks are scenery.
 
     shape is (height, width, masks). A record is its length in 8 bytes, a checksum in 4, an
     Example, a checksum in 4. The checksums are not looked at.
     """
     height, width, count = shape
-    path = data if data.is_file() else data / f"{name}.tfrecords"
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
@@ -1043,8 +1027,6 @@ def read_tfrecords(data, name, shape, scenery):
                 return
             size = int.from_bytes(head[:8], "little")
             record = file.read(min(size, 1 << 30) + 4)
-            if len(record) != size + 4:
-                raise OSError(f"{path}, record {number}, is cut short")
             where = f"{path}, record {number}"
             image = example_bytes(record, b"image", (height, width, 3), where)
             mask = example_bytes(record, b"mask", (count, height, width), where)
@@ -1079,16 +1061,11 @@ class DataSet(NamedTuple):
 DATASETS = {
     "folder": DataSet(read_folder),
     # open: CLEVR's first tenths, as the authors take them
-    "clevr": DataSet(
-        partial(read_tfrecords, name="clevr_with_masks_train", shape=(240, 320, 11), scenery=1),
-        crop=0.8,
-    ),
+    "clevr": DataSet(partial(read_tfrecords, shape=(240, 320, 11), scenery=1), crop=0.8),
     "clevrtex": DataSet(partial(read_clevrtex, variant="full"), crop=0.8),
     "outd": DataSet(partial(read_clevrtex, variant="outd"), crop=0.8),
     "camo": DataSet(partial(read_clevrtex, variant="camo"), crop=0.8),
-    "objectsroom": DataSet(
-        partial(read_tfrecords, name="objects_room_train", shape=(64, 64, 7), scenery=4)
-    ),
+    "objectsroom": DataSet(partial(read_tfrecords, shape=(64, 64, 7), scenery=4)),
     "shapestacks": DataSet(read_shapestacks, crop=196 / 224, label_at=0.0),
 }
 
@@ -1151,8 +1128,8 @@ def cache_key(dataset, *settings):
         code += inspect.getsource(module)
     key = hashlib.sha1(repr((dataset, settings, options, code)).encode())
     for folder in (path for path in settings if isinstance(path, Path)):
-        for path in [folder] if folder.is_file() else list_files(folder):
-            with suppress(OSError):  # a link that leads nowhere
+        for path in (folder, *sorted(folder.rglob("*"))):
+            if path.is_file():  # no folder, nor a link that leads nowhere
                 about = path.stat()
                 key.update(repr((path, about.st_size, about.st_mtime_ns)).encode())
     return key.hexdigest()[:12]
@@ -1167,18 +1144,16 @@ def load_dataset(dataset, data, masks, height, width, cache="cache"):
         raise ValueError(f"no data set is registered as {dataset!r}: {[*DATASETS]}")
     settings = dataset, Path(data), Path(masks) if masks else None, height, width
     path = Path(cache, f"{dataset}-{height}x{width}-{cache_key(*settings)}.pt")
-    source = f"from the cache {path}"
+    source = "from the cache" if path.exists() else "decoded into"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_whole(decode(*settings), path)
-        source = f"decoded into {path}"
     parts = torch.load(path, mmap=True, weights_only=True)
     parts = {name: Images(*part) for name, part in parts.items()}
     counts = ", ".join(f"{len(part.images)} {name}" for name, part in parts.items())
-    line = f"{dataset} {data}: {counts} images"
+    print(f"{dataset} {data}: {counts} images, {source} {path}")
     maps = [part.labels for part in parts.values() if part.labels is not None]
     if maps:
         background = torch.cat([(m[:1000] == 0).flatten() for m in maps]).float().mean()
-        line += f", up to {max(m.max() for m in maps)} objects, {background:.0%} background"
-    print(f"{line}, {source}")
+        print(f"up to {max(m.max() for m in maps)} objects, {background:.0%} background")
     return parts

@@ -165,19 +165,19 @@ def train(t: Training):
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds will take as much
     model = build_model(t, state)
-    update = state["update"]  # counts through all phases
     log = state["log"]
     run_began = time.perf_counter() - state["seconds"]  # as if it had never stopped
 
-    for number, (phase, first, stop, batch) in enumerate(curriculum(t)):
-        if number < state["phase_number"]:  # done before the checkpoint
-            continue
-        optimizer = make_optimizer(model, phase, t)
-        if number == state["phase_number"] and "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-            first = state["step"]
+    update = 0  # counts through all phases
+    for phase, first, stop, batch in curriculum(t):
+        skipped = min(state["update"] - update, stop - first)  # steps done before the checkpoint
+        update += skipped
+        first += skipped
         if first == stop:  # nothing is left of this phase
             continue
+        optimizer = make_optimizer(model, phase, t)
+        if skipped:
+            optimizer.load_state_dict(state["optimizer"])
         # In phase 2 the background model does not change: its images are made once.
         backgrounds = memorise_backgrounds(model, images) if phase == "foreground" else None
         network = None  # frees the CUDA graph of the phase before
@@ -185,17 +185,17 @@ def train(t: Training):
         network = make_network(model, phase, images, backgrounds, batch, t)
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         recent = []
-        row_began = time.perf_counter()
-        model.train()
         for step in range(first, stop):
+            if not recent:  # at the start, and after an evaluation
+                row_began = time.perf_counter()
+                model.train()
             # All that is random in a step follows from its number, so that a run that was killed
             # goes on as if it had not been.
             torch.manual_seed(1_000_000 * t.seed + update)
             index = torch.randint(len(images), (batch,))
-            batch_images = images[index].to(t.device) / 255  # (B, 3, H, W)
-            background = None  # in phase 3, the model makes its own
-            if phase == "foreground":
-                background = backgrounds[index].to(t.device) / 255  # (B, 3, H, W)
+            batch_images = as_input(images[index], model)  # (B, 3, H, W)
+            # Without a memorised background, as in phase 3, the model makes its own.
+            background = None if backgrounds is None else as_input(backgrounds[index], model)
             lr = learning_rate(phase, step, t)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -220,15 +220,10 @@ def train(t: Training):
             log.append(row)
             write_log(log, t)
             if save_now:
-                seconds = time.perf_counter() - run_began
-                progress = dict(
-                    phase_number=number, step=done, update=update, seconds=seconds, log=log
-                )
-                save_checkpoint(model, optimizer, progress, t)
+                state = dict(update=update, seconds=time.perf_counter() - run_began, log=log)
+                save_checkpoint(model, optimizer, state, t)
                 draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
             recent = []
-            row_began = time.perf_counter()
-            model.train()  # after the evaluation
     return write_results(model, test, time.perf_counter() - run_began, t)
 
 
@@ -265,10 +260,9 @@ def make_optimizer(model, phase, t: Training):
     for name, parameter in model.named_parameters():
         prefix = next(prefix for prefix in factors if name.startswith(prefix))
         groups[prefix]["params"].append(parameter)
-    if phase == "background":  # open: Adam with its default betas
-        return torch.optim.Adam(groups.values(), fused=True)
-    # open: phase 3 starts a fresh Adam, without a warm-up
-    return torch.optim.Adam(groups.values(), betas=(0.9, 0.98), eps=1e-9, fused=True)
+    # open: phase 1 has the default betas and eps; phase 3 starts a fresh Adam, without a warm-up
+    options = {} if phase == "background" else dict(betas=(0.9, 0.98), eps=1e-9)
+    return torch.optim.Adam(groups.values(), fused=True, **options)
 
 
 def learning_rate(phase, step, t: Training):
@@ -392,9 +386,8 @@ def start_as_identity(refinement):
         for last in (layer.self_attn.out_proj, layer.linear2):
             torch.nn.init.zeros_(last.weight)
             torch.nn.init.zeros_(last.bias)
-    ones = torch.ones(width)
     bias = (-1.0) ** torch.arange(width)  # 1, -1, 1, ...
-    columns = torch.column_stack((ones, bias, torch.randn(width, dim_slot)))
+    columns = torch.column_stack((torch.ones(width), bias, torch.randn(width, dim_slot)))
     embedding = torch.linalg.qr(columns).Q[:, 2:]  # (d_T, D + 2), made orthonormal in their order
     refinement.embedding.weight.copy_(embedding)
     refinement.embedding.bias.copy_(bias)
@@ -404,9 +397,8 @@ def start_as_identity(refinement):
 
 def mixed_precision(t: Training):
     """bf16 for the networks, on a GPU."""
-    kind = torch.device(t.device).type
-    enabled = kind == "cuda" and t.bf16  # open: the paper does not say in what type
-    return torch.autocast(kind, torch.bfloat16, enabled, cache_enabled=False)
+    enabled = t.bf16 and t.device.startswith("cuda")  # open: the paper does not say in what type
+    return torch.autocast(t.device.partition(":")[0], torch.bfloat16, enabled, cache_enabled=False)
 
 
 def make_network(model, phase, images, backgrounds, batch, t: Training):
@@ -439,8 +431,7 @@ def start_or_resume(t: Training):
 
     A run may get more steps, also when it has finished. Its rate is then that of the longer run.
     """
-    source = f"{t.dataset} {t.data}".strip()
-    print(f"{source}, {t.slots} slots, on {t.device}, output: {t.output}")
+    print(f"{t.output}: {t.slots} slots, on {t.device}, data: {t.dataset} {t.data}")
     beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
     if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
         print("warning: a warm-up is longer than its phase, and does not end in it")
@@ -449,12 +440,11 @@ def start_or_resume(t: Training):
             raise ValueError(f"device is {t.device}: this PyTorch sees no GPU")
         torch.cuda.set_device(torch.device(t.device).index or 0)
     path = Path(t.output, "checkpoint.pt")
-    wanted = json.loads(json.dumps(asdict(t)))
     if not path.exists():
-        return dict(phase_number=0, update=0, seconds=0.0, log=[])
+        return dict(update=0, seconds=0.0, log=[])
     state = torch.load(path, map_location="cpu", weights_only=True)
     saved = state["settings"]
-    other = [name for name in wanted if wanted[name] != saved.get(name) and name not in MAY_DIFFER]
+    other = [n for n, value in asdict(t).items() if value != saved.get(n) and n not in MAY_DIFFER]
     if other or t.steps < saved["steps"]:
         changed = ", ".join(f"{name} {saved.get(name)}" for name in other or ["steps"])
         raise ValueError(f"{t.output} holds a run of {changed}: name another --output")
@@ -504,14 +494,13 @@ def evaluate(model, data):
         output = model(images)
         labels = output.weights.argmax(1)  # (B, H, W)
         shown = F.one_hot(labels, slots + 1).amax((1, 2))  # (B, K + 1), 1 for labels with a pixel
-        entropy = astseg.pixel_entropy_loss(output.weights)
         chunk = {
             "MSE": (images - output.reconstruction).square().sum((1, 2, 3)),
             "foreground": (labels > 0).float().mean((1, 2)),
             "active": shown[:, 1:].sum(1),
             "clamped": (output.latents.position.abs() == 1).any(2).float().mean(1),
             "alpha_0": model.renderer.log_alpha_0.exp().expand(len(images)),
-            "entropy": entropy.expand(len(images)),
+            "entropy": astseg.pixel_entropy_loss(output.weights).expand(len(images)),
         }
         if data.labels is not None:
             tables = astseg.contingency_tables(data.labels[index], labels, slots)
@@ -536,15 +525,15 @@ def write_results(model, test, seconds, t: Training):
     metrics = evaluate(model, test)
     print_table([(f"AST-Seg, seed {t.seed}", metrics)])
     print(f"{folder}: {len(test.images)} test images, {seconds:.0f} s in all")
-    results = metrics | dict(images=len(test.images), seconds=round(seconds), seed=t.seed)
-    (folder / "metrics.json").write_text(json.dumps(results, indent=1))
+    metrics |= dict(images=len(test.images), seconds=round(seconds), seed=t.seed)
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
     draw(t, "segmentation.png", figure_2, model, evenly_spaced(test, 10))
     draw(t, "slots.png", slot_rows, model, evenly_spaced(test, 3))
     paths = sorted((folder / "training").glob("*.png"))
     frames = [Image.open(path).quantize(32) for path in paths]
     for first in frames[:1]:  # none, where no picture could be drawn
         first.save(folder / "training.gif", append_images=frames[1:], duration=500, loop=0)
-    return results
+    return metrics
 
 
 # ---- Pictures ----
@@ -554,33 +543,26 @@ HUES = [colorsys.hsv_to_rgb(0.618 * k % 1, 0.6 + 0.4 * (k % 2), 1.0) for k in ra
 PALETTE = torch.tensor([(0, 0, 0), *HUES])  # (256, 3), 0 is the background
 
 
-@torch.no_grad()
-def figure_2(model, data):
+def figure_2(images, output, labels):
     """Rows of pictures as in Figure 2: {name: (N, 3, H, W)}."""
-    images = as_input(data.images, model)
-    output = model.eval()(images)
     rows = {"input": images}
-    if data.labels is not None:
-        rows["true labels"] = PALETTE[data.labels.long()].movedim(3, 1)
+    if labels is not None:
+        rows["true labels"] = PALETTE[labels.long()].movedim(3, 1)
     rows["segmentation"] = PALETTE[output.weights.argmax(1).cpu()].movedim(3, 1)
     return rows | {"reconstruction": output.reconstruction, "background": output.background}
 
 
-@torch.no_grad()
-def slot_rows(model, data):
+def slot_rows(images, out, labels):
     """Attention, glimpse and layer of each slot of each image, beside what they make up."""
-    images = as_input(data.images, model)
     size = images.shape[2:]
-    out = model.eval()(images)
     x, y = astseg.normalized_coordinates(*size, images.device)
-    pixels = torch.stack(torch.meshgrid(x, y, indexing="xy"))  # (2, H, W)
     red = torch.tensor([1.0, 0, 0], device=images.device).view(3, 1, 1)
     rows = {}
     for b in range(len(images)):
         attention = out.attention[b, :, None]  # (K, 1, h, w)
         attention = F.interpolate(attention / attention.amax((2, 3), keepdim=True), size)
-        offset = pixels - out.attention_position[b, :, :, None, None]  # (K, 2, H, W)
-        away = offset.norm(dim=1, keepdim=True)  # (K, 1, H, W)
+        at_x, at_y = out.attention_position[b, :, :, None, None, None].unbind(1)  # (K, 1, 1, 1)
+        away = torch.hypot(x - at_x, y[:, None] - at_y)  # (K, 1, H, W)
         attention = attention.where(away > 0.08, red)  # (K, 3, H, W), a spot at the soft-argmax
         color, mask = F.interpolate(out.glimpses[b], size).split([3, 1], dim=1)
         glimpse = 1 - mask * (1 - color)  # white where there is nothing
@@ -591,11 +573,13 @@ def slot_rows(model, data):
     return rows
 
 
+@torch.no_grad()
 def draw(t: Training, name, rows_of, model, data):
-    """Save the rows of pictures of a model as one, twice as large. If it fails, the run goes on."""
+    """Save rows of pictures of a model as one, twice as large. If it fails, the run goes on."""
     path = Path(t.output, name)
+    images = as_input(data.images, model)
     try:
-        rows = rows_of(model, data)
+        rows = rows_of(images, model.eval()(images), data.labels)
         strips = [F.pad(row.cpu(), (1,) * 4, value=1.0) for row in rows.values()]
         grid = torch.cat([strip.movedim(0, 2).flatten(2) for strip in strips], dim=1)  # (3, H, W)
         grid = F.interpolate(F.pad(grid, (55, 0), value=1.0)[None], scale_factor=2)[0]
@@ -627,12 +611,8 @@ def evaluate_runs(command: Evaluate):
     for folder in dict.fromkeys(path.resolve() for path in command.runs):
         settings, model = open_run(folder)
         if command.dataset or command.data or command.masks:  # the run's masks are for its own data
-            settings = replace(
-                settings,
-                dataset=command.dataset or settings.dataset,
-                data=command.data or ("" if command.dataset else settings.data),
-                masks=command.masks,
-            )
+            dataset = command.dataset or settings.dataset
+            settings = replace(settings, dataset=dataset, data=command.data, masks=command.masks)
         (test,) = load_data(settings, "test")
         rows.append((folder.name, evaluate(model, test)))
     if len(rows) > 1:
@@ -687,15 +667,9 @@ def main(arguments):
     commands = tyro.extras.subcommand_type_from_defaults(PRESETS) | Evaluate | Segment
     actions = {Training: train, Evaluate: evaluate_runs, Segment: segment_files}
     try:
-        command = tyro.cli(
-            commands, args=arguments, prog="train.py", description=__doc__, use_underscores=True
-        )
+        command = tyro.cli(commands, args=arguments, description=__doc__, use_underscores=True)
         actions[type(command)](command)
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except RuntimeError as error:
-        if "memory" not in str(error):  # a GPU's or a CPU's; other errors keep their traceback
-            raise
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
