@@ -1147,6 +1147,8 @@ def load_dataset(dataset, data, masks, height, width, cache="cache"):
     source = "from the cache" if path.exists() else "decoded into"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("*.tmp"):
+            print(f"warning: {left} is of a process that was killed, or that still decodes")
         save_whole(decode(*settings), path)
     parts = torch.load(path, mmap=True, weights_only=True)
     parts = {name: Images(*part) for name, part in parts.items()}

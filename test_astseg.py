@@ -1719,14 +1719,17 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert torch.load(path) == {"a": 1} and os.listdir(tmp_path) == ["file.pt"]
 
 
-def test_a_published_set_takes_no_masks_and_a_small_folder_says_what_is_missing(tmp_path):
+def test_a_published_set_takes_no_masks_and_a_small_folder_says_what_is_missing(tmp_path, capsys):
     with pytest.raises(TypeError, match="read_clevrtex"):
         load(tmp_path, "clevrtex", tmp_path, masks=tmp_path)
     for i in range(3):
         picture().save(tmp_path / f"{i}.png")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "a.pt.1.tmp").write_text("of a killed process")
     t = replace(LOOP, dataset="folder", data=str(tmp_path), cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="sub-folders train, val and test"):
         train.load_data(t, "train", "val", "test")
+    assert "a.pt.1.tmp is of a process that was killed" in capsys.readouterr().out
 
 
 def test_data_of_the_embedded_set_are_parts_that_differ():
