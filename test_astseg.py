@@ -1724,7 +1724,7 @@ def test_a_published_set_takes_no_masks_and_a_small_folder_says_what_is_missing(
         load(tmp_path, "clevrtex", tmp_path, masks=tmp_path)
     for i in range(3):
         picture().save(tmp_path / f"{i}.png")
-    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").mkdir(exist_ok=True)
     (tmp_path / "cache" / "a.pt.1.tmp").write_text("of a killed process")
     t = replace(LOOP, dataset="folder", data=str(tmp_path), cache=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="sub-folders train, val and test"):
