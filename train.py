@@ -62,7 +62,7 @@ class Training(Config):
     decay: Literal["step", "linear"] = "step"  # at once to a tenth, or along a line to zero
     entropy_weight: float = 1e-2  # weight of the entropy loss, lambda_pixel
     entropy_warmup: int = 10_000  # steps over which entropy_weight grows from 0, N_pixel
-    refinement_start: Literal["stock", "identity"] = "stock"  # PyTorch's, or output = input
+    refinement_start: Literal["stock", "identity"] = "stock"  # PyTorch's weights, or output = input
     refinement_lr_factor: float = 1.0  # the transformer encoder's rate is lr times this
     alpha_0_lr_factor: float = 1.0  # and so for the background's activation
     glimpse_lr_factor: float = 1.0  # and so for the glimpse generator
@@ -74,7 +74,7 @@ class Training(Config):
     cuda_graphs: bool = True  # on cuda: record the kernels of a step once and replay them
     seed: int = 0  # of weights, choice of images, dropout
     log_every: int = 100  # steps between rows of the log
-    save_every: int = 5_000  # steps between checkpoints, each with a picture and an evaluation
+    save_every: int = 5_000  # steps between checkpoints, with a picture and, after phase 1, metrics
 
     def __post_init__(self):
         super().__post_init__()
@@ -84,8 +84,8 @@ class Training(Config):
             raise ValueError(f"decay_at is {self.decay_at}: use a share of the steps, 0..1")
 
 
-# differs: all of these values, and random weights, are for two CPU cores. No part of the model is
-# left out.
+# differs: all values of SMALL and SHAPES, and random weights, are for two CPU cores. No part of the
+# model is left out.
 SMALL = dict(
     dataset="folder",
     height=64,  # a fourth of the pixels of 128 x 128
@@ -132,7 +132,7 @@ SHAPES = SMALL | dict(
     background_plain_steps=1000,  # without them, seed 0 painted one wall for all
     steps=10_000,
     phase2_steps=9500,
-    batch=16,  # better than 32 in half as many steps
+    batch=16,  # better than 32 with half the steps
     warmup=200,
     decay="linear",  # goes on learning while it sharpens masks
     entropy_weight=0.08,  # if lower, two slots share an object
@@ -160,17 +160,17 @@ PRESETS = {name: replace(preset, output=f"runs/{name}") for name, preset in PRES
 def train(t: Training):
     """The whole curriculum, from its start or the last checkpoint -> metrics on the test part."""
     state = start_or_resume(t)  # of a new run: counts of 0, and no model nor optimizer
+    run_began = time.perf_counter() - state["seconds"]  # as if it had never stopped
     data, val, test = load_data(t, "train", "val", "test")
     images = torch.cat((data.images, data.images.flip(3))) if t.flip else data.images
     if t.device.startswith("cuda") and 4 * images.nbytes < torch.cuda.mem_get_info()[0]:
         images = images.to(t.device)  # (N, 3, H, W), uint8; backgrounds will take as much
     model = build_model(t, state)
     log = state["log"]
-    run_began = time.perf_counter() - state["seconds"]  # as if it had never stopped
 
     update = 0  # counts through all phases
     for phase, first, stop, batch in curriculum(t):
-        skipped = min(state["update"] - update, stop - first)  # steps done before the checkpoint
+        skipped = max(0, min(state["update"] - update, stop - first))  # done before the checkpoint
         update += skipped
         first += skipped
         if first == stop:  # nothing is left of this phase
@@ -186,7 +186,7 @@ def train(t: Training):
         print(f"\n{phase}: steps {first} to {stop}\n{HEAD}")
         recent = []
         for step in range(first, stop):
-            if not recent:  # at the start, and after an evaluation
+            if not recent:  # at the start, and after each row of the log
                 row_began = time.perf_counter()
                 model.train()
             # All that is random in a step follows from its number, so that a run that was killed
@@ -220,8 +220,9 @@ def train(t: Training):
             log.append(row)
             write_log(log, t)
             if save_now:
-                state = dict(update=update, seconds=time.perf_counter() - run_began, log=log)
-                save_checkpoint(model, optimizer, state, t)
+                seconds = time.perf_counter() - run_began
+                progress = dict(update=update, seconds=seconds, log=log)
+                save_checkpoint(model, optimizer, progress, t)
                 draw(t, f"training/{update:07d}.png", figure_2, model, evenly_spaced(val, 8))
             recent = []
     return write_results(model, test, time.perf_counter() - run_began, t)
@@ -232,7 +233,7 @@ def curriculum(t: Training):
 
     Phase 1 trains the background alone. In phase 2, "foreground", it is frozen; in phase 3,
     "joint", all learns. In the scenario "frozen" of section 5.2, phase 2 goes on to the end, and no
-    step is left for phase 3.
+    step is left for phase 3. BT is phase 3 alone.
     """
     if t.scenario == "BT":
         return [("joint", 0, t.steps, t.batch)]
@@ -266,7 +267,7 @@ def make_optimizer(model, phase, t: Training):
 
 
 def learning_rate(phase, step, t: Training):
-    """The rate of the update after `step` others: quadratic warm-up, then a fall (section 5.1)."""
+    """The rate of update number `step`, from 0: quadratic warm-up, then a fall (section 5.1)."""
     if phase == "background":  # open: a tenth of the rate from 80 % of phase 1 on
         fall = 0.1 if step >= 0.8 * t.background_steps else 1.0
         return t.background_lr * astseg.quadratic_warmup(step, t.background_warmup) * fall
@@ -287,7 +288,8 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
     with mixed_precision(t):
         if phase == "background":
             # [38] weighs a pixel less, the larger its error; at a strength of 0 all weigh the same.
-            # differs: at first so, which learns objects too; then the weight makes it forget them.
+            # differs: the first steps have strength 0, and learn objects too; the weight then
+            # unlearns them.
             strength = 0.0 if step < t.background_plain_steps else 6.0
             painted, predicted_error = network(images)  # (B, 3, H, W), (B, H, W): both learn
             loss = astseg.robust_background_loss(images, painted, predicted_error, strength)
@@ -295,7 +297,7 @@ def training_step(network, optimizer, phase, step, images, background, t: Traini
         else:
             output = network(images, background)
             terms = astseg.full_loss(images, output, step, t.entropy_weight, t.entropy_warmup)
-        terms["loss"] = sum(terms.values())  # eq. (22)
+        terms["loss"] = sum(terms.values())  # eq. (22) in phases 2 and 3
     optimizer.zero_grad()
     terms["loss"].backward()
     optimizer.step()
