@@ -1122,6 +1122,26 @@ def test_a_run_is_evaluated_again_and_several_have_mean_and_deviation(
         assert [mean, deviation] == pytest.approx([(a + b) / 2, abs(a - b) / 2**0.5], abs=0.011)
 
 
+def test_a_run_is_evaluated_on_other_data(whole_run, tmp_path, capsys, monkeypatch):
+    data = DRAW(30, 9, 32)
+
+    def reader(path, masks=None):
+        assert path == Path("there") and masks in (None, Path("maps"))
+        for image, labels in zip(data.images.permute(0, 2, 3, 1).numpy(), data.labels.numpy()):
+            yield Image.fromarray(image), labels if masks else None, "test"
+
+    monkeypatch.chdir(tmp_path)  # for the cache
+    monkeypatch.setitem(astseg.DATASETS, "own", astseg.DataSet(reader))
+    expected = train.evaluate(ASTSeg.from_pretrained(whole_run[0] / "model"), data)
+    for masks in ([], ["--masks", "maps"]):
+        other = ["--dataset", "own", "--data", "there", *masks]
+        train.main(["evaluate", str(whole_run[0]), *other])
+        row = capsys.readouterr().out.splitlines()[-1].split()
+        assert float(row[-1]) == pytest.approx(expected["MSE"], abs=0.006)
+        assert float(row[1]) == pytest.approx(100 * expected["mIoU"], abs=0.006) or not masks
+        assert (row[1] == "nan") == (not masks)
+
+
 def test_evaluation_is_the_mean_over_the_images_of_what_each_shows():
     model = ASTSeg(Config(**SMALL, log_alpha_0=-2.0))
     model.encoder.refinement = Spy(shift=1.0)  # some positions are clamped
@@ -1268,6 +1288,7 @@ def test_a_drawn_grid_holds_a_row_for_each_name_and_a_failing_one_costs_a_warnin
     rows = {"one": torch.rand(2, 3, 8, 10), "two": torch.rand(2, 3, 8, 10)}
     t, model, data = replace(LOOP, output=str(tmp_path)), ASTSeg(Config(**SMALL)), DRAW(2, 0, 32)
     train.draw(t, "grid.png", lambda *_: rows, model, data)
+    assert not model.training  # without dropout
     picture = np.array(Image.open(tmp_path / "grid.png"))
     assert picture.shape == (2 * 2 * 10, 2 * (2 * 12 + 55), 3)
     for n, name in enumerate(rows):
