@@ -1498,6 +1498,7 @@ def stacks(tmp_path):
             pixels = random.integers(0, 256, (224, 224, 3), dtype=np.uint8)
             stem = f"rgb-w=2-f=1-l=0-c=unique-cam_{camera}-mono-0.png"
             Image.fromarray(pixels).save(data / "recordings" / name / stem)
+            (data / "recordings" / name / stem.replace("rgb", "depth")).write_text("not read")
             owners[name, camera] = owner = random.integers(0, 6, (28, 28)).repeat(8, 0).repeat(8, 1)
             values = np.stack((owner * 32 + 5, owner, owner), axis=2).astype(np.uint8)
             stem = f"iseg-w=0-f=0-l=0-c=original-cam_{camera}-mono-0.map"
@@ -1712,13 +1713,14 @@ def test_the_cache_knows_age_settings_and_reader(tmp_path, monkeypatch):
     def key(*settings):
         return astseg.cache_key("own", tmp_path, *settings)
 
-    (tmp_path / "a.bin").write_text("a")
+    file = tmp_path / "a.bin"
+    file.write_text("a")
     monkeypatch.setitem(astseg.DATASETS, "own", reader_of([""]))
-    first = key(32)
+    first, alone = key(32), astseg.cache_key("own", file)
     assert key(32) == first != key(64)
-    os.utime(tmp_path / "a.bin", (1, 1))  # the same name and size
+    os.utime(file, (1, 1))  # the same name and size
     second = key(32)
-    assert second != first
+    assert second != first and astseg.cache_key("own", file) != alone
     monkeypatch.setitem(astseg.DATASETS, "own", reader_of([""])._replace(crop=0.8))
     assert key(32) != second
     monkeypatch.setitem(astseg.DATASETS, "own", astseg.DataSet(lambda data: iter(())))
