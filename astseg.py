@@ -1142,6 +1142,7 @@ def load_dataset(dataset, data, masks, height, width, cache="cache"):
     """
     if dataset not in DATASETS:
         raise ValueError(f"no data set is registered as {dataset!r}: {[*DATASETS]}")
+    os.stat(data)  # raises FileNotFoundError; rglob would find nothing there
     settings = dataset, Path(data), Path(masks) if masks else None, height, width
     path = Path(cache, f"{dataset}-{height}x{width}-{cache_key(*settings)}.pt")
     source = "from the cache" if path.exists() else "decoded into"

@@ -1131,6 +1131,7 @@ def test_a_run_is_evaluated_on_other_data(whole_run, tmp_path, capsys, monkeypat
             yield Image.fromarray(image), labels if masks else None, "test"
 
     monkeypatch.chdir(tmp_path)  # for the cache
+    Path("there").mkdir()
     monkeypatch.setitem(astseg.DATASETS, "own", astseg.DataSet(reader))
     expected = train.evaluate(ASTSeg.from_pretrained(whole_run[0] / "model"), data)
     for masks in ([], ["--masks", "maps"]):
@@ -1344,6 +1345,7 @@ def test_segment_sees_the_crop_of_its_training_and_writes_in_the_pixels_of_the_i
         ("--device cuda", "device is cuda"),
         ("small", "--data"),
         ("small --data .", "runs/small is inside the data"),
+        ("small --data nothing", "No such file or directory: 'nothing'"),
         ("evaluate nothing", "nothing/settings.json"),
         ("segment run a.png b/a.png", "two images have one name"),
     ],
@@ -1363,7 +1365,9 @@ def test_warmups_that_are_longer_than_their_phase_are_said(tmp_path, capsys):
     t = replace(LOOP, background_plain_steps=5, output=str(tmp_path))
     for steps, said in ((8, True), (7, False)):  # of 7
         train.start_or_resume(replace(t, entropy_warmup=steps))
-        assert ("warning: a warm-up is longer" in capsys.readouterr().out) == said
+        out = capsys.readouterr().out
+        assert ("warning: a warm-up is longer" in out) == said
+        assert out.startswith(f"shapes, 3 slots, on cpu, output: {tmp_path}\n")
 
 
 # ---- Data sets, in tiny files of the exact formats ----
@@ -1667,6 +1671,12 @@ def test_image_and_labels_are_the_same_centre_crop_and_labels_come_back(size, cr
         assert back[box[1] + row, box[0] + column] == labels[j, i]
     back[box[1] : box[3], box[0] : box[2]] = 0
     assert not back.any()
+
+
+def test_the_crop_of_published_sets_rounds_as_theirs():
+    assert astseg.crop_box((320, 240), 128, 128, 0.8) == (64, 24, 256, 216)
+    assert astseg.crop_box((224, 224), 64, 64, 196 / 224) == (14, 14, 210, 210)
+    assert astseg.crop_box((5, 4), 32, 32) == (0, 0, 4, 4)  # 0.5 is rounded to even
 
 
 def reader_of(parts, labels=None):

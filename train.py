@@ -433,7 +433,8 @@ def start_or_resume(t: Training):
 
     A run may get more steps, also when it has finished. Its rate is then that of the longer run.
     """
-    print(f"{t.output}: {t.slots} slots, on {t.device}, data: {t.dataset} {t.data}")
+    source = f"{t.dataset} {t.data}".strip()
+    print(f"{source}, {t.slots} slots, on {t.device}, output: {t.output}")
     beginning = max(t.background_warmup, t.background_plain_steps)  # of phase 1
     if beginning > t.background_steps or max(t.warmup, t.entropy_warmup) > t.steps:
         print("warning: a warm-up is longer than its phase, and does not end in it")
@@ -671,7 +672,7 @@ def main(arguments):
     try:
         command = tyro.cli(commands, args=arguments, description=__doc__, use_underscores=True)
         actions[type(command)](command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         sys.exit("train.py: interrupted; the same command goes on from the last checkpoint")
