@@ -115,7 +115,7 @@ SMALL = dict(
     # differs: the paper has one learning rate for all parts.
     refinement_lr_factor=0.1,  # if higher, slots are driven to the image's border and stay there
     alpha_0_lr_factor=0.33,  # if higher, alpha_0 falls, and masks take in the objects' rims
-    glimpse_lr_factor=3.0,  # if lower, glimpses lag behind positions; textured scenes want 0.5
+    glimpse_lr_factor=3.0,  # if lower, glimpses lag; yet the rendered textures (README) want 0.5
     save_every=500,
 )
 SHAPES = SMALL | dict(
