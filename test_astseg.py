@@ -1941,8 +1941,8 @@ def test_the_lines_of_the_readme_on_a_trained_model_run_as_written(tmp_path):
     picture(90, 60).save(tmp_path / "photo.png")
     *_, use = blocks("python")
     shapes = "print(*labels.shape, *on_photo.shape, *center.shape, *extent.shape)"
-    (printed,) = run_examples(tmp_path, use + shapes)
-    assert printed.splitlines()[-1] == "1 48 48 60 90 1 3 2 1 3 2"
+    (output,) = run_examples(tmp_path, use + shapes)
+    assert output.splitlines()[-1] == "1 48 48 60 90 1 3 2 1 3 2"
 
 
 def test_each_fork_of_the_readme_runs_as_written(tmp_path):
